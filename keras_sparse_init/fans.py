@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_sparse_init.blocks import map_blocks, row_blocks
+
 LAYOUT_NAMES = ("dense", "conv", "conv_transpose", "depthwise", "simple_rnn", "gru", "lstm", "embedding")
 
 _GATES = {"simple_rnn": 1, "gru": 3, "lstm": 4}
@@ -61,7 +63,7 @@ class KernelLayout:
         fan_in_axes: Axes over which the mask is summed to count the inputs of a weight's output unit: all but
             those that index output units.
         fan_out_axes: Axes over which the mask is summed to count the outputs of a weight's input unit.
-        input_axes: Axes that index input units alone (not the receptive field): where "the input axis" of an N:M mask is.
+        input_axes: Axes that index input units alone (not the receptive field): "the input axis" of N:M masks.
         blocks: Into how many equal blocks the last axis falls that share no output: the groups of a
             grouped convolution, the gates of a recurrent kernel. The fan-out is counted within a block.
         one_hot: True for embeddings: one input is active at a time, so that the fan-in is 1.
@@ -185,14 +187,29 @@ def fans(mask: Any, layout: KernelLayout | str | None = None) -> tuple[np.ndarra
         Evci et al. 2020, Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win, arXiv:2010.03533,
         section 3.1.
     """
-    mask = np.asarray(mask)
-    layout = kernel_layout(layout, mask.shape)
-    active = mask if mask.dtype == np.bool_ else mask != 0
+    return fan_in(mask, layout), fan_out(mask, layout)
+
+
+def fan_in(mask: Any, layout: KernelLayout | str | None = None) -> np.ndarray:
+    """The first of the two arrays of `fans`, without the cost of the second."""
+    active = as_mask(mask)
+    layout = kernel_layout(layout, active.shape)
     if layout.one_hot:
-        fan_in = np.ones((1,) * layout.rank)
-    else:
-        fan_in = active.sum(axis=layout.fan_in_axes, keepdims=True, dtype=np.float64)
-    return fan_in, _fan_out(active, layout)
+        return np.ones((1,) * layout.rank)
+    return _count(active, layout.fan_in_axes)
+
+
+def fan_out(mask: Any, layout: KernelLayout | str | None = None) -> np.ndarray:
+    """The second of the two arrays of `fans`, without the cost of the first."""
+    active = as_mask(mask)
+    layout = kernel_layout(layout, active.shape)
+    if layout.blocks == 1:
+        return _count(active, layout.fan_out_axes)
+    width = active.shape[-1] // layout.blocks
+    # The blocks become an axis of their own, which is not summed over; the last axis (within a block) is.
+    blocked = active.reshape(*active.shape[:-1], layout.blocks, width)
+    axes = tuple(layout.rank if axis == layout.rank - 1 else axis for axis in layout.fan_out_axes)
+    return np.repeat(_count(blocked, axes)[..., 0], width, axis=-1)
 
 
 def dense_fans(shape: Any, layout: KernelLayout | str | None = None) -> tuple[float, float]:
@@ -219,15 +236,60 @@ def dense_fans(shape: Any, layout: KernelLayout | str | None = None) -> tuple[fl
     return float(fan_in), math.prod(shape[axis] for axis in layout.fan_out_axes) / layout.blocks
 
 
-def _fan_out(active: np.ndarray, layout: KernelLayout) -> np.ndarray:
-    if layout.blocks == 1:
-        return active.sum(axis=layout.fan_out_axes, keepdims=True, dtype=np.float64)
-    width = active.shape[-1] // layout.blocks
-    # The blocks become an axis of their own, which is not summed over; the last axis (within a block) is.
-    blocked = active.reshape(*active.shape[:-1], layout.blocks, width)
-    axes = tuple(layout.rank if axis == layout.rank - 1 else axis for axis in layout.fan_out_axes)
-    counts = blocked.sum(axis=axes, keepdims=True, dtype=np.float64)[..., 0]
-    return np.repeat(counts, width, axis=-1)
+def as_mask(mask: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """A mask as a boolean array.
+
+    Args:
+        mask: Array-like of numbers that are all 0 or 1, or of booleans.
+        shape: The kernel's shape that the mask must have, when given.
+
+    Returns:
+        A boolean array; a view of the argument where its dtype allows it.
+
+    Raises:
+        ValueError: When an entry is neither 0 nor 1 (NaN included), or the shape differs.
+        TypeError: When the entries are not numbers.
+
+    Example:
+        >>> from keras_sparse_init.fans import as_mask
+        >>> as_mask([[0.0, 1.0]]).tolist()
+        [[False, True]]
+    """
+    mask = np.asarray(mask)
+    if shape is not None and mask.shape != shape:
+        raise ValueError(f"`mask` must have the kernel's shape {shape}. Received: a mask of shape {mask.shape}")
+    if mask.dtype == np.bool_:
+        return mask
+    if mask.dtype == np.uint8:
+        if mask.size and mask.max() > 1:
+            raise ValueError(f"`mask` must consist of 0 and 1. Received: {int(mask.max())} among its entries")
+        return mask.view(np.bool_)
+    if mask.dtype.kind in "OUSMm":
+        raise TypeError(f"`mask` must be an array of numbers. Received: dtype={mask.dtype}")
+    active = np.empty(mask.shape, np.bool_)
+    flat, flat_active = mask.reshape(-1), active.reshape(-1)
+
+    def convert(part: slice) -> bool:
+        np.not_equal(flat[part], 0, out=flat_active[part])
+        return np.array_equal(flat[part] == 1, flat_active[part])
+
+    if not all(map_blocks(convert, row_blocks(mask.size, 1))):
+        wrong = flat[(flat != 0) & (flat != 1)][0]
+        raise ValueError(f"`mask` must consist of 0 and 1. Received: {wrong} among its entries")
+    return active
+
+
+def _count(active: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Number of True entries over some axes, which are kept with length 1, as float64."""
+    if axes != tuple(range(len(axes))) or active.ndim < 2 or not active.flags.c_contiguous:
+        return active.sum(axis=axes, keepdims=True, dtype=np.float64)
+    # Over leading axes, bytes add up without overflow in runs of 255 rows: 10 times faster than a sum of booleans.
+    rest = active.shape[len(axes) :]
+    rows = active.view(np.uint8).reshape(-1, int(np.prod(rest)))
+    whole = rows.shape[0] // 255 * 255
+    runs = np.add.reduce(rows[:whole].reshape(-1, 255, rows.shape[1]), axis=1, dtype=np.uint8)
+    counts = runs.sum(axis=0, dtype=np.float64) + np.add.reduce(rows[whole:], axis=0, dtype=np.uint8)
+    return counts.reshape((1,) * len(axes) + rest)
 
 
 def _layout(name: str, rank: int, inputs: tuple[int, ...], outputs: tuple[int, ...], **kwargs: Any) -> KernelLayout:
@@ -271,13 +333,14 @@ def _by_name(name: str, shape: tuple[int, ...], groups: int = 1) -> KernelLayout
     blocks = _GATES.get(name, groups if name == "conv" else 1)
     if not isinstance(blocks, int) or blocks < 1 or shape[-1] % blocks:
         raise ValueError(
-            f"The last axis of a {name!r} kernel must be divisible by its {blocks} groups or gates. Received: shape={shape}"
+            f"The last axis of a {name!r} kernel must be divisible by its {blocks} groups or gates. "
+            f"Received: shape={shape}"
         )
     return _layout(name, rank, inputs=(-2,), outputs=(-1,), blocks=blocks, one_hot=name == "embedding")
 
 
 def _einsum(equation: str, rank: int) -> KernelLayout:
-    """Axes of the kernel in `inputs,kernel->outputs`: contracted ones are inputs, those only of the output are outputs."""
+    """The kernel shares its input axes with the inputs of `inputs,kernel->outputs`, its output axes with the outputs."""
     match = re.fullmatch(r"([\w.]+),(\w+)->([\w.]+)", equation.replace(" ", ""))
     if not match or len(match[2]) != rank:
         raise ValueError(

@@ -1,0 +1,49 @@
+"""Initialization of sparse neural networks in Keras: scaled by what each unit is really connected to.
+
+The names below are imported when they are first used (PEP 562), so that `import keras_sparse_init` alone imports
+neither TensorFlow nor Keras.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from keras_sparse_init._version import __version__
+
+_HOME = {
+    "SparseGlorotNormal": "initializers",
+    "SparseGlorotUniform": "initializers",
+    "SparseHeNormal": "initializers",
+    "SparseHeUniform": "initializers",
+    "SparseLecunNormal": "initializers",
+    "SparseLecunUniform": "initializers",
+    "SparseScaledInit": "initializers",
+    "fans": None,
+    "gain": "variance",
+    "kernel_layout": "fans",
+    "layer_sparsities": "masks",
+    "masked_kernels": "sparse_model",
+    "masks": None,
+    "reinitialize": "sparse_model",
+    "set_masks": "sparse_model",
+    "sparsify": "sparse_model",
+    "sparsity_table": "sparse_model",
+    "strip": "sparse_model",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOME[name]
+    module = importlib.import_module(f"{__name__}.{home or name}")
+    value = module if home is None else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

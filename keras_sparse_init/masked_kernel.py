@@ -1,0 +1,99 @@
+"""Finding the masked kernels of a model: what everything that works on whole models goes through."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from keras_sparse_init import compat, fans, tfmot, traversal
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MaskedKernel:
+    """A kernel of a model with its mask.
+
+    Attributes:
+        name: Path in the model: names of the layers down to the one that owns the kernel, and the kernel's own.
+        layer: The layer that owns the kernel (the cell of an RNN layer, a projection of an attention layer).
+        kernel: The kernel's variable.
+        mask: The mask's variable, 0 and 1 in the kernel's shape and dtype.
+        layout: The kernel's `KernelLayout`, from the layer.
+        initializer: The layer's initializer of this kernel, or None when it has none.
+        seed_name: What seeds are derived from: `name`, with the numbers that Keras gave by itself counted anew.
+    """
+
+    name: str
+    layer: Any
+    kernel: Any
+    mask: Any
+    layout: fans.KernelLayout
+    initializer: Any
+    seed_name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The kernel's shape."""
+        return tuple(self.kernel.shape)
+
+    def mask_value(self) -> np.ndarray:
+        """The mask as a boolean array.
+
+        Raises:
+            ValueError: When an entry is neither 0 nor 1.
+        """
+        try:
+            return fans.as_mask(compat.to_numpy("mask", self.mask))
+        except ValueError as error:
+            raise ValueError(f"The mask of {self.name!r} is not a mask: {error}") from None
+
+
+def masked_kernels(model: Any) -> list[MaskedKernel]:
+    """Every masked kernel of a model, in model order.
+
+    Found are the prunable weights of tfmot's `PruneLowMagnitude` wrappers wherever they are: in nested and subclassed
+    models, inside other layers, several in a layer. A shared layer is listed once.
+
+    Args:
+        model: A built model or layer.
+
+    Returns:
+        A list of `MaskedKernel`, empty when nothing is masked.
+
+    Raises:
+        ValueError: When a wrapper is not built and so has no mask.
+        TypeError: When `model` is no Keras model or layer.
+
+    Example:
+        >>> import tf_keras
+        >>> from keras_sparse_init import masked_kernels, sparsify
+        >>> dense = tf_keras.Sequential([tf_keras.layers.Input((8,)), tf_keras.layers.Dense(4, name="out")])
+        >>> [kernel.name for kernel in masked_kernels(sparsify(dense, 0.5, seed=0))]
+        ['out/kernel']
+    """
+    compat.library_of(model)
+    found = []
+    for path, canonical, wrapper in [((model.name,), (model.name,), model), *traversal.walk(model)]:
+        if not traversal.is_mask_wrapper(wrapper):
+            continue
+        for kernel, mask in tfmot.kernels_and_masks(wrapper):
+            below, owner, attribute = traversal.owner_of(wrapper.layer, kernel)
+            suffix = (below, attribute) if below else (attribute,)
+            found.append(
+                MaskedKernel(
+                    name="/".join((*path, *suffix)),
+                    layer=owner,
+                    kernel=kernel,
+                    mask=mask,
+                    layout=fans.kernel_layout(owner, tuple(kernel.shape), weight_name=attribute),
+                    initializer=_initializer_of(owner, attribute),
+                    seed_name="/".join((*canonical, *suffix)),
+                )
+            )
+    return found
+
+
+def _initializer_of(layer: Any, attribute: str) -> Any:
+    names = (f"{attribute}_initializer", f"{attribute.removesuffix('_kernel')}_initializer", "depthwise_initializer")
+    return next((getattr(layer, name) for name in names if getattr(layer, name, None) is not None), None)

@@ -1,0 +1,46 @@
+"""Initializers that do not know masks, turned into ones that do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from keras_sparse_init import compat, fans
+from keras_sparse_init.initializers import SparseScaledInit
+from keras_sparse_init.masked_kernel import MaskedKernel
+from keras_sparse_init.sampling import TRUNCATED_STD
+
+
+def mask_aware(initializer: Any, kernel: MaskedKernel) -> SparseScaledInit:
+    """The initializer itself when it takes masks, else a SparseScaledInit with the same settings."""
+    if isinstance(initializer, str):
+        initializer = compat.tf_keras.initializers.get(initializer)
+    if isinstance(initializer, SparseScaledInit):
+        return initializer
+    config = initializer.get_config() if hasattr(initializer, "get_config") else {}
+    seed = config.get("seed") if isinstance(config.get("seed"), int) else None
+    if all(hasattr(initializer, name) for name in ("scale", "mode", "distribution")):
+        return SparseScaledInit(initializer.scale, initializer.mode, initializer.distribution, seed=seed)
+    variance, distribution = _fixed_variance(initializer, config, kernel.shape)
+    if variance is None:
+        raise ValueError(
+            f"The initializer of {kernel.name!r} has no variance that could be scaled for a mask; give `initializer`. "
+            f"Received: {initializer!r}"
+        )
+    dense_fan_in, _ = fans.dense_fans(kernel.shape, kernel.layout)
+    return SparseScaledInit(variance * max(1.0, dense_fan_in), "fan_in", distribution, seed=seed)
+
+
+def _fixed_variance(initializer: Any, config: dict[str, Any], shape: tuple[int, ...]) -> tuple[float | None, str]:
+    """Variance and distribution of an initializer that does not look at fans; None when it is not centred on 0."""
+    kind = type(initializer).__name__
+    if kind in ("RandomNormal", "TruncatedNormal") and config["mean"] == 0:
+        if kind == "RandomNormal":
+            return config["stddev"] ** 2, "untruncated_normal"
+        return (config["stddev"] * TRUNCATED_STD) ** 2, "truncated_normal"
+    if kind == "RandomUniform" and config["minval"] == -config["maxval"]:
+        return config["maxval"] ** 2 / 3.0, "uniform"
+    if kind in ("Orthogonal", "OrthogonalInitializer"):
+        # An orthogonal m x n matrix has min(m, n) unit vectors, so that an entry has variance 1 / max(m, n).
+        return config["gain"] ** 2 / max(math.prod(shape[:-1]), shape[-1]), "untruncated_normal"
+    return None, ""
