@@ -12,6 +12,7 @@ from typing import Any
 from keras_sparse_init._version import __version__
 
 _HOME = {
+    "Masked": "layers",
     "SparseGlorotNormal": "initializers",
     "SparseGlorotUniform": "initializers",
     "SparseHeNormal": "initializers",

@@ -5,14 +5,14 @@ The blocks depend on the shape alone, so values do not depend on how many thread
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
-BLOCK_SIZE = 2**20
-_THREADS = 2
+BLOCK_SIZE = 2**18
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -22,10 +22,21 @@ def row_blocks(rows: int, width: int) -> list[slice]:
     return [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
 
 
-def map_blocks(function: Callable[..., Result], *items: Iterable[Item]) -> list[Result]:
-    """`[function(*args) for args in zip(*items)]` on two threads; NumPy releases the lock in its loops."""
+def map_blocks(function: Callable[..., Result], *items: Iterable[Any]) -> list[Result]:
+    """`[function(*args) for args in zip(*items)]` on two threads; NumPy releases the lock in its loops.
+
+    The function must not call `map_blocks` itself: it would wait for the threads that it occupies.
+    """
     work = list(zip(*items, strict=True))
     if len(work) < 2:
         return [function(*args) for args in work]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(lambda args: function(*args), work))
+    return list(_pool().map(lambda args: function(*args), work))
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(2, thread_name_prefix="keras_sparse_init")
+
+
+# Threads do not survive a fork; the child makes its own.
+os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import keras
@@ -32,10 +34,7 @@ def register(cls: Class) -> Class:
 
     The short name is registered too because tf_keras writes only that into `.h5` files (tf-keras issue 42).
     """
-    for library in (keras, tf_keras):
-        library.saving.register_keras_serializable(PACKAGE)(cls)
-        library.saving.get_custom_objects()[cls.__name__] = cls
-    return cls
+    return register_in(keras, register_in(tf_keras, cls))
 
 
 def library_of(obj: Any) -> Any:
@@ -72,7 +71,8 @@ def to_numpy(name: str, value: Any) -> np.ndarray:
     """An array, list, tensor or variable of any backend as a NumPy array.
 
     Raises:
-        ValueError: When it has no value yet (a symbolic tensor of a traced function); `name` is the argument's.
+        ValueError: When it has no value yet (a symbolic tensor of a traced function) or is no array; `name` is the
+            argument's.
     """
     if isinstance(value, np.ndarray):
         return value
@@ -86,9 +86,10 @@ def to_numpy(name: str, value: Any) -> np.ndarray:
         return value.numpy()
     if isinstance(value, keras.Variable):
         return to_numpy(name, value.value)
-    if isinstance(value, list | tuple):
-        return np.asarray(value)
-    return np.asarray(keras.ops.convert_to_numpy(value))
+    try:
+        return np.asarray(value if isinstance(value, list | tuple) else keras.ops.convert_to_numpy(value))
+    except (TypeError, ValueError) as error:  # Rows of unequal length; a `KerasTensor`; JAX's tracers.
+        raise ValueError(f"`{name}` must be an array that has a value. Received: {value!r}") from error
 
 
 def to_tensor(values: np.ndarray, dtype: Any) -> Any:
@@ -118,3 +119,129 @@ def true_dtype(variable: Any) -> str:
 def assign(variable: Any, values: np.ndarray) -> None:
     """Stores an array of any numeric type in a variable of either Keras."""
     variable.assign(values.astype(numpy_dtype(true_dtype(variable))))
+
+
+def register_in(library: Any, cls: Class) -> Class:
+    """Registers a class with one Keras, by its full and its short name."""
+    library.saving.register_keras_serializable(PACKAGE)(cls)
+    library.saving.get_custom_objects()[cls.__name__] = cls
+    return cls
+
+
+def dtype_policy(layer: Any) -> Any:
+    """The dtype policy of a layer, to make another of the same."""
+    return layer.dtype_policy
+
+
+def eager_scope() -> contextlib.AbstractContextManager[Any]:
+    """Lifts what is done inside out of the function that TensorFlow is tracing, if any."""
+    return tf.init_scope()
+
+
+def shape_of(value: Any) -> Any:
+    """The shape of a tensor, or of each tensor of a list, tuple or dict."""
+    if isinstance(value, list | tuple):
+        return [shape_of(item) for item in value]
+    if isinstance(value, dict):
+        return {key: shape_of(item) for key, item in value.items()}
+    return plain_shape(value.shape)
+
+
+def plain_shape(shape: Any) -> Any:
+    """A shape, or a nest of shapes, without `tf.TensorShape`: lists of ints and None that go into a config."""
+    if isinstance(shape, tf.TensorShape):
+        return shape.as_list()
+    if isinstance(shape, list | tuple):
+        return [plain_shape(item) for item in shape]
+    if isinstance(shape, dict):
+        return {key: plain_shape(item) for key, item in shape.items()}
+    return shape
+
+
+def build_layer(layer: Any, input_shape: Any, call_shapes: dict[str, Any]) -> None:
+    """Builds a layer that another one wraps.
+
+    Args:
+        layer: The layer.
+        input_shape: Shape of its first input.
+        call_shapes: Shapes of its tensor arguments by name, where they are known.
+    """
+    if hasattr(layer, "_build_from_signature"):
+        build_attention(layer, input_shape, call_shapes)
+        return
+    names = [
+        name
+        for name, parameter in inspect.signature(layer.build).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    if len(names) < 2:
+        layer.build(input_shape)
+    else:
+        # Keras 3 names a build's arguments after those of the call: `value_shape` is the shape of `value`.
+        known = {name: call_shapes.get(name.removesuffix("_shape")) for name in names}
+        layer.build(**{name: shape for name, shape in known.items() if shape is not None})
+    layer.built = True
+
+
+def build_attention(layer: Any, input_shape: Any, call_shapes: dict[str, Any]) -> None:
+    """Creates the kernels of tf_keras's `MultiHeadAttention`, which otherwise appear at its first call."""
+    if layer._query_shape is None:
+        # Where nothing is known of the values, the inputs attend to themselves.
+        query = call_shapes.get("query", input_shape)
+        value = call_shapes.get("value", query)
+        layer._build_from_signature(query, value, call_shapes.get("key", value))
+    query, key, value = layer._query_shape, layer._key_shape, layer._value_shape
+    for dense, shape in (
+        (layer._query_dense, query),
+        (layer._key_dense, key),
+        (layer._value_dense, value),
+        (layer._output_dense, query[:-1] + [layer._num_heads, layer._value_dim]),
+    ):
+        if not dense.built:
+            dense.build(shape)
+            dense.built = True
+    layer.built = True
+
+
+def has_value(variable: Any) -> bool:
+    """Whether a variable is initialized; those of Keras 3 may wait for the end of a symbolic build."""
+    return getattr(variable, "_value", variable) is not None
+
+
+def is_restored(variable: Any) -> bool:
+    """Whether a checkpoint that was read before the variable existed has given it its value."""
+    return getattr(variable, "_self_update_uid", -1) >= 0
+
+
+def initialize(variable: Any, initializer: Callable[..., Any]) -> None:
+    """Gives a new variable another initial value: `initializer(shape, dtype)`."""
+    if has_value(variable):
+        variable.assign(initializer(tuple(variable.shape), _own_dtype(variable)))
+    else:
+        variable._initializer = initializer
+
+
+def nonzero_pattern(variable: Any, dtype: Any) -> Any:
+    """1 where a variable is not 0, as a tensor; ones when it is 0 everywhere, which says nothing about a mask."""
+    if isinstance(variable, tf.Variable):
+        nonzero = tf.not_equal(variable, 0)
+        return tf.cast(tf.logical_or(nonzero, tf.logical_not(tf.reduce_any(nonzero))), dtype)
+    nonzero = keras.ops.not_equal(variable, 0)
+    return keras.ops.cast(keras.ops.logical_or(nonzero, keras.ops.logical_not(keras.ops.any(nonzero))), dtype)
+
+
+def masked(values: Any, mask: np.ndarray) -> Any:
+    """A tensor with 0 where a mask is False."""
+    if isinstance(values, tf.Tensor):
+        return tf.where(mask, values, tf.zeros_like(values))
+    return keras.ops.where(mask, values, keras.ops.zeros_like(values))
+
+
+def is_variable(value: Any) -> bool:
+    """Whether a value is a variable of either Keras."""
+    return isinstance(value, tf.Variable | keras.Variable)
+
+
+def _own_dtype(variable: Any) -> Any:
+    name = true_dtype(variable)
+    return tf.dtypes.as_dtype(name) if isinstance(variable, tf.Variable) else name

@@ -111,8 +111,11 @@ def check_shape(shape: Any) -> tuple[int, ...]:
     Raises:
         ValueError: When a dimension is unknown, zero or negative: such a kernel has no fan.
     """
-    dims = [shape] if isinstance(shape, int | np.integer) else list(shape)
-    if not all(isinstance(d, int | np.integer) and d > 0 for d in dims):
+    try:
+        dims = [shape] if isinstance(shape, int | np.integer) else list(shape)
+    except (TypeError, ValueError):  # Not iterable; a `tf.TensorShape` of unknown rank.
+        raise ValueError(f"`shape` must be a sequence of positive ints. Received: shape={shape}") from None
+    if not all(isinstance(d, int | np.integer) and not isinstance(d, bool) and d > 0 for d in dims):
         raise ValueError(f"`shape` must have positive integer dimensions. Received: shape={tuple(dims)}")
     return tuple(int(d) for d in dims)
 
@@ -340,7 +343,7 @@ def _by_name(name: str, shape: tuple[int, ...], groups: int = 1) -> KernelLayout
 
 
 def _einsum(equation: str, rank: int) -> KernelLayout:
-    """The kernel shares its input axes with the inputs of `inputs,kernel->outputs`, its output axes with the outputs."""
+    """The kernel shares input axes with the inputs of `inputs,kernel->outputs`, and output axes with the outputs."""
     match = re.fullmatch(r"([\w.]+),(\w+)->([\w.]+)", equation.replace(" ", ""))
     if not match or len(match[2]) != rank:
         raise ValueError(

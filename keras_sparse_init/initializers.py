@@ -111,7 +111,7 @@ class SparseScaledInit(compat.Initializer):
         Args:
             shape: The kernel's shape.
             dtype: A floating dtype; the default float type when None. Half types are drawn in float32 and cast.
-            mask: Array or tensor of 0 and 1 of that shape; wins over the mask of the constructor.
+            mask: Array or tensor of 0 and 1 of that shape, or a rule; wins over the mask of the constructor.
             kernel_layout: As in the constructor, over which it wins.
 
         Returns:
@@ -142,10 +142,11 @@ class SparseScaledInit(compat.Initializer):
         """
         shape = fans.check_shape(shape)
         layout = fans.kernel_layout(self.kernel_layout if kernel_layout is None else kernel_layout, shape)
-        if mask is None:
-            mask = self._own_mask(shape, seed, layout)
+        mask = self._own_mask() if mask is None else _mask_argument(mask)
+        if callable(mask):
+            mask = compat.to_numpy("mask", mask(shape, derive_seed(seed, "mask"), layout))
         if mask is not None:
-            mask = fans.as_mask(compat.to_numpy("mask", mask), shape)
+            mask = fans.as_mask(mask, shape)
         std = weight_std(shape, mask, layout, self.scale, self.mode, self.granularity)
         return sample(std, shape, seed, mask, self.distribution, compat.numpy_dtype(dtype))
 
@@ -154,11 +155,8 @@ class SparseScaledInit(compat.Initializer):
         """The seed of the constructor when it was an int; None when it was not given or is a generator."""
         return self._given_seed if isinstance(self._given_seed, int | np.integer) else None
 
-    def _own_mask(self, shape: tuple[int, ...], seed: int, layout: fans.KernelLayout) -> np.ndarray | None:
-        rule = self.mask if self.sparsity is None else masks.Random(self.sparsity)
-        if rule is None or isinstance(rule, np.ndarray):
-            return rule
-        return rule(shape, derive_seed(seed, "mask"), layout)
+    def _own_mask(self) -> Any:
+        return self.mask if self.sparsity is None else masks.Random(self.sparsity)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as a JSON-serializable dict."""
@@ -172,7 +170,7 @@ class SparseScaledInit(compat.Initializer):
         if isinstance(mask, np.ndarray):
             mask = mask.astype(int).tolist()
         elif mask is not None:
-            mask = _serialize_rule(mask)
+            mask = serialize_rule(mask)
         return {
             "granularity": self.granularity,
             "mask": mask,
@@ -433,8 +431,7 @@ class SparseLecunUniform(_Preset):
 def _mask_argument(mask: Any) -> Any:
     """A mask argument as None, a boolean array or a rule; from a config, a list or a serialized rule."""
     if isinstance(mask, dict):
-        # A rule of the package is written by its name alone; a user's own through Keras's registry.
-        mask = keras.saving.deserialize_keras_object(mask) if "registered_name" in mask else masks.deserialize(mask)
+        mask = deserialize_rule(mask)
     if mask is None or (callable(mask) and not isinstance(mask, type)):
         return mask
     if isinstance(mask, str | type):
@@ -444,8 +441,16 @@ def _mask_argument(mask: Any) -> Any:
     return fans.as_mask(compat.to_numpy("mask", mask))
 
 
-def _serialize_rule(rule: Any) -> dict[str, Any]:
-    return masks.serialize(rule) if isinstance(rule, masks.MaskRule) else keras.saving.serialize_keras_object(rule)
+def serialize_rule(rule: Any) -> dict[str, Any]:
+    """A mask rule as a JSON-serializable dict: by its name alone, or, a user's own, as Keras's registry has it."""
+    ours = getattr(masks, type(rule).__name__, None) is type(rule)
+    return masks.serialize(rule) if ours else keras.saving.serialize_keras_object(rule)
+
+
+def deserialize_rule(config: dict[str, Any]) -> Any:
+    """The mask rule of a dict that `serialize_rule` returned."""
+    by_keras = "registered_name" in config or config.get("class_name") == "__lambda__"
+    return keras.saving.deserialize_keras_object(config) if by_keras else masks.deserialize(config)
 
 
 def _layout_argument(layout: Any) -> str | fans.KernelLayout | None:

@@ -52,8 +52,8 @@ class MaskedKernel:
 def masked_kernels(model: Any) -> list[MaskedKernel]:
     """Every masked kernel of a model, in model order.
 
-    Found are the prunable weights of tfmot's `PruneLowMagnitude` wrappers wherever they are: in nested and subclassed
-    models, inside other layers, several in a layer. A shared layer is listed once.
+    Found are the kernels of `Masked` layers and the prunable weights of tfmot's `PruneLowMagnitude` wrappers, wherever
+    they are: in nested and subclassed models, inside other layers, several in a layer. A shared layer is listed once.
 
     Args:
         model: A built model or layer.
@@ -77,7 +77,8 @@ def masked_kernels(model: Any) -> list[MaskedKernel]:
     for path, canonical, wrapper in [((model.name,), (model.name,), model), *traversal.walk(model)]:
         if not traversal.is_mask_wrapper(wrapper):
             continue
-        for kernel, mask in tfmot.kernels_and_masks(wrapper):
+        pairs = tfmot.kernels_and_masks(wrapper) if tfmot.is_wrapper(wrapper) else wrapper.kernels_and_masks()
+        for kernel, mask in pairs:
             below, owner, attribute = traversal.owner_of(wrapper.layer, kernel)
             suffix = (below, attribute) if below else (attribute,)
             found.append(
@@ -87,13 +88,8 @@ def masked_kernels(model: Any) -> list[MaskedKernel]:
                     kernel=kernel,
                     mask=mask,
                     layout=fans.kernel_layout(owner, tuple(kernel.shape), weight_name=attribute),
-                    initializer=_initializer_of(owner, attribute),
+                    initializer=traversal.initializer_of(owner, attribute),
                     seed_name="/".join((*canonical, *suffix)),
                 )
             )
     return found
-
-
-def _initializer_of(layer: Any, attribute: str) -> Any:
-    names = (f"{attribute}_initializer", f"{attribute.removesuffix('_kernel')}_initializer", "depthwise_initializer")
-    return next((getattr(layer, name) for name in names if getattr(layer, name, None) is not None), None)

@@ -7,12 +7,25 @@ from typing import Any
 
 from keras_sparse_init import compat, fans
 from keras_sparse_init.initializers import SparseScaledInit
-from keras_sparse_init.masked_kernel import MaskedKernel
 from keras_sparse_init.sampling import TRUNCATED_STD
 
 
-def mask_aware(initializer: Any, kernel: MaskedKernel) -> SparseScaledInit:
-    """The initializer itself when it takes masks, else a SparseScaledInit with the same settings."""
+def mask_aware(initializer: Any, name: str, shape: tuple[int, ...], layout: fans.KernelLayout) -> SparseScaledInit:
+    """The initializer itself when it takes masks, else a `SparseScaledInit` with the same settings.
+
+    Args:
+        initializer: An initializer of either Keras or its name.
+        name: The kernel's name, for messages.
+        shape: The kernel's shape.
+        layout: The kernel's layout.
+
+    Returns:
+        The initializer, or one with its scale, mode and distribution. Of an initializer with a fixed variance the
+        variance is kept at density 1 and grows as the fan-in shrinks.
+
+    Raises:
+        ValueError: When the initializer is not random around 0: there is no variance to scale.
+    """
     if isinstance(initializer, str):
         initializer = compat.tf_keras.initializers.get(initializer)
     if isinstance(initializer, SparseScaledInit):
@@ -21,13 +34,13 @@ def mask_aware(initializer: Any, kernel: MaskedKernel) -> SparseScaledInit:
     seed = config.get("seed") if isinstance(config.get("seed"), int) else None
     if all(hasattr(initializer, name) for name in ("scale", "mode", "distribution")):
         return SparseScaledInit(initializer.scale, initializer.mode, initializer.distribution, seed=seed)
-    variance, distribution = _fixed_variance(initializer, config, kernel.shape)
+    variance, distribution = _fixed_variance(initializer, config, shape)
     if variance is None:
         raise ValueError(
-            f"The initializer of {kernel.name!r} has no variance that could be scaled for a mask; give `initializer`. "
+            f"The initializer of {name!r} has no variance that could be scaled for a mask; give `initializer`. "
             f"Received: {initializer!r}"
         )
-    dense_fan_in, _ = fans.dense_fans(kernel.shape, kernel.layout)
+    dense_fan_in, _ = fans.dense_fans(shape, layout)
     return SparseScaledInit(variance * max(1.0, dense_fan_in), "fan_in", distribution, seed=seed)
 
 

@@ -62,14 +62,15 @@ def sample(
     std_rows = _by_rows(np.asarray(std, drawn_as), shape, width)
     mask_rows = None if mask is None else mask.reshape(-1, width)
     blocks = row_blocks(out_rows.shape[0], width)
+    same_rows = std_rows.shape[0] == 1
     # A factor that is the same for every row is laid out once for a block, so that it can be gathered by flat index.
-    tile = np.tile(std_rows[0], blocks[0].stop) if mask is not None and std_rows.shape[0] == 1 else None
+    tile = np.tile(std_rows[0], blocks[0].stop) if mask is not None and same_rows and std_rows.size > 1 else None
     smallest = _smallest_normal(dtype)
 
     def fill(rows: slice, child: np.random.SeedSequence) -> None:
         rng = np.random.Generator(np.random.SFC64(child))
         block = out_rows[rows]
-        factor = std_rows if std_rows.shape[0] == 1 else std_rows[rows]
+        factor = std_rows if same_rows else std_rows[rows]
         active = None if mask_rows is None else np.flatnonzero(mask_rows[rows])
         if active is None or active.size > _DENSE_FROM * block.size:
             values = block if dtype == drawn_as else np.empty(block.shape, drawn_as)
@@ -82,7 +83,10 @@ def sample(
         elif active.size:
             values = np.empty(active.size, drawn_as)
             _draw(rng, values, distribution)
-            values *= (np.broadcast_to(factor, block.shape).reshape(-1) if tile is None else tile).take(active)
+            if std_rows.size == 1:
+                values *= std_rows.item()
+            else:
+                values *= (np.broadcast_to(factor, block.shape).reshape(-1) if tile is None else tile).take(active)
             values = values.astype(dtype, copy=False)
             values[values == 0] = smallest
             block.reshape(-1)[active] = values

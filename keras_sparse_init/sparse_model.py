@@ -111,7 +111,8 @@ def reinitialize(model: Any, initializer: Any = None, seed: int | None = None) -
     drawn_seed = _base_seed(None) if seed is None else check_seed(seed)
     values = []
     for kernel in kernels:
-        scaled = mask_aware(kernel.initializer if initializer is None else initializer, kernel)
+        own = kernel.initializer if initializer is None else initializer
+        scaled = mask_aware(own, kernel.name, kernel.shape, kernel.layout)
         own_seed = scaled.given_seed if seed is None else None
         values.append(
             scaled.draw(

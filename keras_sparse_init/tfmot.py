@@ -1,14 +1,30 @@
-"""tfmot's `PruneLowMagnitude`: reading its masks, and a wrapper of it whose mask is static. tfmot is imported lazily:
-it takes seconds, and turns `tf.keras` into tf_keras for the process.
+"""tfmot's `PruneLowMagnitude`: finding it and its masks, making it static, exact in mixed precision, well stepped.
+
+tfmot itself is imported only where a wrapper is made: see `tfmot_static`.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 import tf_keras
+
+from keras_sparse_init import registration
+
+if TYPE_CHECKING:
+    from keras_sparse_init.tfmot_static import StaticPruneLowMagnitude
+
+registration.register("tf_keras")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "StaticPruneLowMagnitude":
+        from keras_sparse_init.tfmot_static import StaticPruneLowMagnitude
+
+        return StaticPruneLowMagnitude
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def is_wrapper(layer: Any) -> bool:
@@ -19,39 +35,51 @@ def is_wrapper(layer: Any) -> bool:
     )
 
 
+def is_static(layer: Any) -> bool:
+    """Whether a layer is a `StaticPruneLowMagnitude`."""
+    return any(c.__name__ == "StaticPruneLowMagnitude" for c in type(layer).__mro__)
+
+
+def wrappers(model: tf_keras.layers.Layer) -> list[Any]:
+    """All `PruneLowMagnitude` wrappers of a model or layer in model order, also inside other layers; each once."""
+    found = {id(layer): layer for layer in model._flatten_layers() if is_wrapper(layer)}
+    return list(found.values())
+
+
 def kernels_and_masks(wrapper: Any) -> list[tuple[tf.Variable, tf.Variable]]:
     """The prunable weights of a wrapper, each with its mask.
 
     Raises:
         ValueError: When the wrapper is not built: it has no masks yet.
     """
-    if not wrapper.built:
-        raise ValueError(
-            f"The layer {wrapper.name!r} has no mask yet because it is not built. Build the model first: call it on "
-            "data, call `model.build(input_shape)`, or give the first layer an input shape."
-        )
+    _require_built(wrapper)
     # `layer.weights[2]` would be the threshold, not the mask, in a layer without a bias.
     return [(kernel, mask) for kernel, mask, _ in wrapper.pruning_vars]
 
 
 def can_wrap(layer: tf_keras.layers.Layer) -> bool:
-    """Whether tfmot can wrap this built layer and finds a kernel in it to prune."""
-    from tensorflow_model_optimization.python.core.sparsity.keras import prune_registry
+    """Whether `static_wrapper` takes this built layer and finds a kernel in it to mask."""
+    from keras_sparse_init import tfmot_static
 
-    registry = prune_registry.PruneRegistry
-    if not hasattr(layer, "get_prunable_weights"):
-        if not registry.supports(layer):
-            return False
-        layer = registry.make_prunable(layer)
-    return bool(layer.get_prunable_weights())
+    return tfmot_static.can_wrap(layer)
 
 
-def static_wrapper(layer: tf_keras.layers.Layer) -> tf_keras.layers.Layer:
+def static_wrapper(layer: tf_keras.layers.Layer) -> StaticPruneLowMagnitude:
     """The layer in a `PruneLowMagnitude` that keeps its mask: no callback and no schedule is needed to train it.
 
     The mask starts as `kernel != 0`, so that `kernel_initializer=SparseScaledInit(sparsity=0.95)` inside makes a
-    sparse layer by itself, and stays until `set_masks` changes it. Under mixed precision the float32 kernel is masked
-    as it is; tfmot's own wrapper rounds it to half precision at every forward pass.
+    sparse layer by itself, and stays until `set_masks` changes it. Weights off the mask are exactly 0 after every
+    step of an optimizer. Under mixed precision the float32 kernel is masked as it is; tfmot's own wrapper rounds it
+    to half precision at every forward pass.
+
+    Args:
+        layer: A tf_keras layer that tfmot can prune, or a `Bidirectional` of one.
+
+    Returns:
+        A `StaticPruneLowMagnitude`, a subclass of tfmot's `PruneLowMagnitude`.
+
+    Raises:
+        ValueError: When tfmot cannot prune the layer.
 
     Example:
         >>> import numpy as np, tf_keras
@@ -63,73 +91,143 @@ def static_wrapper(layer: tf_keras.layers.Layer) -> tf_keras.layers.Layer:
         >>> int(np.sum(wrapper.pruning_vars[0][1].numpy()))
         20
     """
-    return _static_wrapper_class()(layer)
+    from keras_sparse_init.tfmot_static import StaticPruneLowMagnitude
+
+    return StaticPruneLowMagnitude(layer)
 
 
-@functools.cache
-def _static_wrapper_class() -> type:
-    from tensorflow_model_optimization.python.core.sparsity.keras import pruning_schedule, pruning_wrapper
+def fix_precision(model: tf_keras.layers.Layer) -> None:
+    """Stops tfmot from rounding the kernels of a mixed-precision model at every forward pass.
 
-    class Never(pruning_schedule.PruningSchedule):
-        """The schedule of a static mask: no step updates it."""
+    tfmot computes kernel := kernel * mask inside the layer's call, where a mixed policy reads the float32 kernel as
+    half precision: what an optimizer adds below that precision is lost. After this call the product is computed in
+    float32. Needed once for each model that tfmot itself wrapped or that was loaded or cloned; not for the wrappers of
+    this package, nor for a `fit` with this package's `UpdatePruningStep`. Without mixed precision it changes nothing.
 
-        def __call__(self, step: Any) -> tuple[tf.Tensor, tf.Tensor]:
-            return tf.constant(False), tf.constant(0.0)
+    Args:
+        model: A built tf_keras model or layer.
 
-        def get_config(self) -> dict[str, Any]:
-            return {"class_name": "Never", "config": {}}
+    Raises:
+        ValueError: When a wrapper is not built.
 
-    @tf_keras.saving.register_keras_serializable("keras_sparse_init")
-    class StaticPruneLowMagnitude(pruning_wrapper.PruneLowMagnitude):
-        """`PruneLowMagnitude` whose mask is what the kernel's zeros say at its creation."""
-
-        def __init__(self, layer: tf_keras.layers.Layer, **kwargs: Any):
-            super().__init__(layer, pruning_schedule=Never(), **kwargs)
-
-        def build(self, input_shape: Any) -> None:
-            if hasattr(self.layer, "_build_from_signature"):
-                _build_attention(self.layer, input_shape)
-            super().build(input_shape)
-            # Masking through the variable itself: an autocast variable reads as half precision under a mixed policy,
-            # and the product that tfmot assigns would round the float32 kernel.
-            self.pruning_obj._pruning_vars = [
-                (getattr(kernel, "_variable", kernel), mask, threshold) for kernel, mask, threshold in self.pruning_vars
-            ]
-
-        def add_weight(self, name: str, *args: Any, **kwargs: Any) -> tf.Variable:
-            if name == "mask":
-                masks = sum(w.name.split("/")[-1].startswith("mask:") for w in self._non_trainable_weights)
-                kernel = self.prunable_weights[masks]
-                kwargs["initializer"] = lambda shape, dtype: tf.cast(tf.not_equal(kernel, 0), dtype)
-            if name == "pruning_step":
-                # tfmot asserts in training that a callback has moved the step on from -1.
-                kwargs["initializer"] = "zeros"
-            return super().add_weight(name, *args, **kwargs)
-
-        def get_config(self) -> dict[str, Any]:
-            config = super().get_config()
-            return {key: config[key] for key in ("name", "trainable", "dtype", "layer") if key in config}
-
-        @classmethod
-        def from_config(cls, config: dict[str, Any]) -> StaticPruneLowMagnitude:
-            config = {key: value for key, value in config.items() if key != "name"}
-            return cls(tf_keras.layers.deserialize(config.pop("layer")), **config)
-
-    return StaticPruneLowMagnitude
+    Example:
+        >>> import tf_keras
+        >>> from tensorflow_model_optimization.sparsity.keras import prune_low_magnitude
+        >>> from keras_sparse_init.tfmot import fix_precision
+        >>> dense = tf_keras.layers.Dense(10, dtype=tf_keras.mixed_precision.Policy("mixed_bfloat16"))
+        >>> model = prune_low_magnitude(tf_keras.Sequential([tf_keras.layers.Input((20,)), dense]))
+        >>> fix_precision(model)
+    """
+    found = wrappers(model)
+    for wrapper in found:
+        _require_built(wrapper)
+    for wrapper in found:
+        _fix_precision(wrapper)
+    if isinstance(model, tf_keras.Model):
+        # What Keras traced with the old variables must not be called again.
+        model.train_function = model.test_function = model.predict_function = None
 
 
-def _build_attention(layer: Any, input_shape: Any) -> None:
-    """Creates the kernels of a `MultiHeadAttention`, which otherwise appear at its first call, after the masks."""
-    if layer._query_shape is None:
-        # Nothing has been seen of the values: attention of the inputs on themselves.
-        layer._build_from_signature(input_shape, input_shape)
-    query, key, value = layer._query_shape, layer._key_shape, layer._value_shape
-    for dense, shape in (
-        (layer._query_dense, query),
-        (layer._key_dense, key),
-        (layer._value_dense, value),
-        (layer._output_dense, query[:-1] + [layer._num_heads, layer._value_dim]),
-    ):
-        if not dense.built:
-            dense.build(shape)
-            dense.built = True
+class UpdatePruningStep(tf_keras.callbacks.Callback):
+    """Callback for models that tfmot prunes during `fit`, in place of tfmot's callback of the same name.
+
+    It finds the wrappers inside other layers too and works on models that are not built yet. A step is one batch:
+    a layer that is called several times in a batch (shared, or inside a loop) counts it once. After each batch weights
+    off the masks are exactly 0, so that whatever a callback saves or exports is sparse, wherever this one stands in the
+    list. Under mixed precision kernels are not rounded (see `fix_precision`). Static masks need no callback.
+
+    In a training loop of one's own call `set_model`, `on_train_begin`, and `on_epoch_end` before saving: kernels are
+    then masked at those points, and steps counted as tfmot counts them.
+
+    Example:
+        >>> import numpy as np, tf_keras
+        >>> from tensorflow_model_optimization.sparsity import keras as sparsity
+        >>> from keras_sparse_init.tfmot import UpdatePruningStep
+        >>> schedule = sparsity.PolynomialDecay(0.0, 0.9, begin_step=0, end_step=4, frequency=1)
+        >>> model = sparsity.prune_low_magnitude(tf_keras.Sequential([tf_keras.layers.Dense(10)]), schedule)
+        >>> model.compile("sgd", "mse")
+        >>> history = model.fit(np.ones((40, 20)), np.ones((40, 10)), batch_size=10, verbose=0,
+        ...     callbacks=[UpdatePruningStep()])
+        >>> int(np.count_nonzero(model.layers[0].layer.kernel))
+        20
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps: dict[int, tf.Tensor] = {}
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Starts the steps of a new model at 0 and prepares its train function."""
+        for wrapper in self._wrappers():
+            if wrapper.built and int(wrapper.pruning_step) < 0:
+                wrapper.pruning_step.assign(0)
+        model = self.model
+        # One that a `fit` broken off by an exception has left behind.
+        vars(model).pop("train_step", None) if _counts_steps(model.train_step) else None
+        model.train_step = self._counting(model.train_step)
+        if getattr(model, "train_function", None) is not None and not _counts_steps(model.train_function):
+            _mark(model.make_train_function(force=True))
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Sets weights off the masks to 0."""
+        for wrapper in self._wrappers():
+            if wrapper.built:
+                wrapper.pruning_obj.weight_mask_op()
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Sets weights off the masks to 0 and restores the model's own `train_step`."""
+        self.on_epoch_end(0)
+        if _counts_steps(self.model.train_step):
+            del self.model.train_step
+
+    def _wrappers(self) -> list[Any]:
+        return [wrapper for wrapper in wrappers(self.model) if not is_static(wrapper)]
+
+    def _counting(self, train_step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def counting(data: Any) -> Any:
+            found = self._wrappers()
+            if not all(wrapper.built for wrapper in found):
+                self.model(tf_keras.utils.unpack_x_y_sample_weight(data)[0], training=False)
+                found = [wrapper for wrapper in found if wrapper.built]
+            steps = {}
+            for wrapper in found:
+                _fix_precision(wrapper)
+                before = tf.maximum(wrapper.pruning_step, tf.constant(0, tf.int64))
+                wrapper.pruning_step.assign(before)
+                wrapper.pruning_obj._step_fn = lambda wrapper=wrapper: self._steps.get(id(wrapper), wrapper.pruning_step)
+                steps[id(wrapper)] = before + 1
+            self._steps = steps
+            try:
+                result = train_step(data)
+                for wrapper in found:
+                    wrapper.pruning_obj.weight_mask_op()
+                    # The wrapper has counted its calls, which may be none or many.
+                    wrapper.pruning_step.assign(steps[id(wrapper)])
+            finally:
+                self._steps = {}
+            return result
+
+        return _mark(counting)
+
+
+def _mark(function: Any) -> Any:
+    function.counts_pruning_steps = True
+    return function
+
+
+def _counts_steps(function: Any) -> bool:
+    return getattr(function, "counts_pruning_steps", False)
+
+
+def _fix_precision(wrapper: Any) -> None:
+    from keras_sparse_init.tfmot_static import raw_variables
+
+    wrapper.pruning_obj._pruning_vars = raw_variables(wrapper.pruning_vars)
+
+
+def _require_built(wrapper: Any) -> None:
+    if not wrapper.built:
+        raise ValueError(
+            f"The layer {wrapper.name!r} has no mask yet because it is not built. Build the model first: call it on "
+            "data, call `model.build(input_shape)`, or give the first layer an input shape."
+        )

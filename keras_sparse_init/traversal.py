@@ -3,15 +3,54 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from keras_sparse_init import compat, tfmot
 
+# What Keras's layers call the weights that multiply their inputs; Keras 3 has some of them under a private name.
+_KERNEL_NAMES = ("kernel", "recurrent_kernel", "depthwise_kernel", "pointwise_kernel", "embeddings")
+
+
+class MaskWrapper:
+    """Base of this package's layers that hold the masks of the layer inside them, `layer`."""
+
+    def kernels_and_masks(self) -> list[tuple[Any, Any]]:
+        """The variables of the masked kernels, each with its mask's."""
+        raise NotImplementedError
+
 
 def is_mask_wrapper(layer: Any) -> bool:
     """Whether a layer holds the masks of the layer inside it."""
-    return tfmot.is_wrapper(layer)
+    return isinstance(layer, MaskWrapper) or tfmot.is_wrapper(layer)
+
+
+def kernels_of(layer: Any, names: Sequence[str] | None = None) -> list[tuple[str, Any, str]]:
+    """The kernels of a layer and of the layers below it, in their order.
+
+    Args:
+        layer: A built layer.
+        names: Attribute names that count as kernels, when not Keras's.
+
+    Returns:
+        (name, owner, attribute) for each: the path below `layer` with the attribute's public name, the layer that
+        has it, and the attribute that holds the variable.
+    """
+    found, seen = [], set()
+    for path, owner in [((), layer), *((path, below) for path, _, below in walk(layer))]:
+        for attribute, value in vars(owner).items():
+            public = attribute.removeprefix("_")
+            if public in (names or _KERNEL_NAMES) and compat.is_variable(value) and id(value) not in seen:
+                seen.add(id(value))
+                found.append(("/".join((*path, public)), owner, attribute))
+    return found
+
+
+def initializer_of(layer: Any, attribute: str) -> Any:
+    """The initializer that a layer has for the kernel of an attribute, or None."""
+    attribute = attribute.removeprefix("_")
+    names = (f"{attribute}_initializer", f"{attribute.removesuffix('_kernel')}_initializer", "depthwise_initializer")
+    return next((getattr(layer, name) for name in names if getattr(layer, name, None) is not None), None)
 
 
 def walk(layer: Any) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Any]]:

@@ -1,0 +1,332 @@
+"""`Masked`: a layer that runs on kernel * mask, for both Kerases and every backend of Keras 3."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from keras_sparse_init import compat, fans, masks
+from keras_sparse_init.initializers import deserialize_rule, serialize_rule
+from keras_sparse_init.matching import mask_aware
+from keras_sparse_init.packing import pack, unpack
+from keras_sparse_init.sampling import check_seed, derive_seed
+from keras_sparse_init.traversal import MaskWrapper, initializer_of, kernels_of
+
+
+class _Slot(NamedTuple):
+    """Where a masked kernel lies: attribute `attribute` of `owner`, its name below the wrapped layer, its mask."""
+
+    name: str
+    owner: Any
+    attribute: str
+    mask: Any
+
+
+class Masked(MaskWrapper):
+    """Wraps a layer so that it runs on kernel * mask: weights off the mask are 0, and stay 0 under every optimizer.
+
+    The gradient of a kernel is masked with it, and weights off the mask start at 0, so that no update, momentum or
+    weight decay ever moves them. The mask is a saved weight that no optimizer trains; `set_masks` changes it. Biases
+    are not masked. All kernels of the layer and of the layers inside it are: `kernel`, `recurrent_kernel`,
+    `depthwise_kernel`, `pointwise_kernel`, `embeddings`.
+
+    With `mask` or `sparsity`, the kernels of a layer that is not built yet are drawn for their masks: by the layer's
+    own initializer when it takes masks, else by a `SparseScaledInit` with its settings. Without, the mask is what the
+    kernel's zeros say (all ones for a kernel of zeros).
+
+    `Masked(layer)` is an instance of a subclass for the Keras of the layer: it is a `keras.layers.Layer` around
+    a `keras` layer, a `tf_keras.layers.Layer` around a `tf_keras` layer.
+
+    Args:
+        layer: A layer of either Keras, built or not.
+        mask: None; a rule of `keras_sparse_init.masks` for all kernels; an array of 0 and 1 for the layer's only
+            kernel; or a mapping from kernel names to arrays or rules, for those kernels.
+        sparsity: Float in [0, 1), short for `mask=masks.Random(sparsity)`.
+        seed: Non-negative int for masks and kernels; each kernel's seeds derive from it and the kernel's name.
+        weight_names: Attribute names of the weights to mask, when not all kernels are meant or a layer of your own
+            calls them otherwise.
+        **kwargs: `name`, `dtype`, `trainable` as in every Keras layer. `dtype` is the wrapped layer's by default.
+
+    Raises:
+        TypeError: When `layer` is no Keras layer.
+        ValueError: When both `mask` and `sparsity` are given; at build, when the layer has no kernel, a name is
+            unknown, a mask does not fit, or LoRA is enabled on the layer (its kernel is not the one it uses).
+
+    Example:
+        >>> import keras, numpy as np
+        >>> from keras_sparse_init import Masked, SparseHeNormal
+        >>> dense = keras.layers.Dense(10, kernel_initializer=SparseHeNormal())
+        >>> model = keras.Sequential([keras.layers.Input((20,)), Masked(dense, sparsity=0.9, seed=0)])
+        >>> model.compile("adam", "mse")
+        >>> history = model.fit(np.ones((8, 20)), np.ones((8, 10)), verbose=0)
+        >>> int(np.count_nonzero(dense.kernel))
+        20
+    """
+
+    _library: Any = None
+
+    def __new__(cls, layer: Any, *args: Any, **kwargs: Any) -> Masked:
+        if cls is Masked:
+            cls = _CLASSES[compat.library_of(layer)]
+        return super().__new__(cls, layer, *args, **kwargs)
+
+    def __init__(
+        self,
+        layer: Any,
+        mask: Any = None,
+        sparsity: float | None = None,
+        seed: int | None = None,
+        weight_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ):
+        if mask is not None and sparsity is not None:
+            raise ValueError(
+                f"Give either `mask` or `sparsity`, not both. Received: mask={mask!r}, sparsity={sparsity}"
+            )
+        if isinstance(mask, str | type):
+            raise ValueError(f"`mask` must be a rule, an array or a mapping of them. Received: mask={mask!r}")
+        kwargs.setdefault("name", f"masked_{layer.name}")
+        # The product kernel * mask is taken under this layer's policy, so it must be the wrapped layer's.
+        kwargs.setdefault("dtype", compat.dtype_policy(layer))
+        super().__init__(layer, **kwargs)
+        self.supports_masking = True
+        self.seed = None if seed is None else check_seed(seed)
+        self.weight_names = None if weight_names is None else list(weight_names)
+        given = masks.Random(sparsity) if sparsity is not None else mask
+        # Plain attributes, set past Keras's tracking: the layers they mention are tracked as `layer` already.
+        object.__setattr__(self, "_given_mask", given)
+        object.__setattr__(self, "_slots", [])
+        object.__setattr__(self, "_call_shapes", {})
+        object.__setattr__(self, "_built_with", None)
+
+    def kernels_and_masks(self) -> list[tuple[Any, Any]]:
+        """The masked kernels' variables, each with its mask's variable, in the order of the layer's kernels.
+
+        Raises:
+            ValueError: When the layer is not built.
+        """
+        self._require_built()
+        return [(vars(slot.owner)[slot.attribute], slot.mask) for slot in self._slots]
+
+    def build(self, input_shape: Any = None) -> None:
+        """Builds the wrapped layer, then its masks."""
+        if self.built:
+            return
+        # Also inside a traced function values are set once, now, and not by every call of the function.
+        with compat.eager_scope():
+            fresh = not self.layer.built
+            if fresh:
+                compat.build_layer(self.layer, input_shape, self._call_shapes)
+            self._build_masks(fresh)
+        object.__setattr__(self, "_built_with", compat.plain_shape(input_shape))
+        self.built = True
+
+    def _build_masks(self, fresh: bool) -> None:
+        if any(getattr(layer, "lora_enabled", False) for layer in _with_layers_below(self.layer)):
+            raise ValueError(
+                f"LoRA is enabled on {self.layer.name!r}: the layer adds to its kernel what no mask reaches. "
+                "Merge it first, by saving and loading the layer's weights"
+            )
+        found = kernels_of(self.layer, self.weight_names)
+        if not found:
+            wanted = self.weight_names or "kernel, recurrent_kernel, depthwise_kernel, pointwise_kernel, embeddings"
+            raise ValueError(f"`layer` must have a kernel to mask ({wanted}). Received: the layer {self.layer.name!r}")
+        given = self._given_by_name([name for name, _, _ in found])
+        base = random.randint(1, 10**9) if self.seed is None else self.seed
+        for name, owner, attribute in found:
+            kernel = vars(owner)[attribute]
+            shape = tuple(kernel.shape)
+            layout = fans.kernel_layout(owner, shape, weight_name=attribute)
+            value = given.get(name)
+            if value is not None:
+                value = self._mask_value(name, value, shape, layout, base)
+                if not compat.is_restored(kernel):
+                    self._draw(name, owner, attribute, kernel, value, layout, base, fresh)
+            slot = _Slot(name, owner, attribute, self._add_mask(name, kernel, value))
+            self._slots.append(slot)
+
+    def _add_mask(self, name: str, kernel: Any, value: np.ndarray | None) -> Any:
+        dtype = compat.true_dtype(kernel)
+
+        def initial(shape: Any, dtype: Any = None) -> Any:
+            if value is not None:
+                return compat.to_tensor(value.astype(compat.numpy_dtype(compat.float_dtype(dtype))), dtype)
+            return compat.nonzero_pattern(kernel, dtype)
+
+        return self.add_weight(
+            name=f"{name.replace('/', '_')}_mask",
+            shape=tuple(kernel.shape),
+            initializer=initial,
+            dtype=dtype,
+            trainable=False,
+        )
+
+    def _given_by_name(self, names: list[str]) -> dict[str, Any]:
+        given = self._given_mask
+        if given is None:
+            return {}
+        if isinstance(given, Mapping):
+            # A kernel of a cell or projection may be named with its path or by its attribute alone.
+            full = {key: [name for name in names if key in (name, name.split("/")[-1])] for key in given}
+            unknown = [key for key, matches in full.items() if not matches]
+            if unknown:
+                raise ValueError(f"`mask` names unknown kernels {unknown}. Those of {self.layer.name!r} are {names}")
+            return {name: given[key] for key, matches in full.items() for name in matches}
+        if not callable(given) and len(names) > 1:
+            raise ValueError(
+                f"`mask` must be a rule or a mapping: the layer {self.layer.name!r} has several kernels {names}. "
+                "Received: one array"
+            )
+        return dict.fromkeys(names, given)
+
+    def _mask_value(self, name: str, given: Any, shape: Any, layout: fans.KernelLayout, base: int) -> np.ndarray:
+        try:
+            if callable(given):
+                given = given(shape, derive_seed(base, f"{name}/mask"), layout)
+            return fans.as_mask(compat.to_numpy("mask", given), shape)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"The mask of {name!r} of the layer {self.layer.name!r} cannot be set: {error}") from None
+
+    def _draw(
+        self,
+        name: str,
+        owner: Any,
+        attribute: str,
+        kernel: Any,
+        mask: np.ndarray,
+        layout: fans.KernelLayout,
+        base: int,
+        fresh: bool,
+    ) -> None:
+        """Draws a kernel for its mask; a trained one only loses the weights off the mask."""
+        if not fresh:
+            compat.assign(kernel, np.where(mask, compat.to_numpy("kernel", kernel), 0))
+            return
+        initializer = initializer_of(owner, attribute)
+        try:
+            initializer = mask_aware(initializer, name, mask.shape, layout)
+        except ValueError:
+            # No variance to scale (zeros, a constant, a function of the user's): its values, masked.
+            compat.initialize(kernel, lambda shape, dtype: compat.masked(initializer(shape, dtype=dtype), mask))
+            return
+        own_seed = initializer.given_seed if self.seed is None else None
+        seed = derive_seed(base if own_seed is None else own_seed, name)
+        values = initializer.draw(mask.shape, compat.true_dtype(kernel), mask, layout, seed)
+        compat.initialize(kernel, lambda shape, dtype: compat.to_tensor(values, dtype))
+
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Calls the wrapped layer on `inputs` and whatever else it takes."""
+        parameters = list(inspect.signature(self.layer.call).parameters)
+        # Both Kerases keep track of tensors that are passed by name.
+        kwargs.update(zip(parameters[1:], args, strict=False))
+        if not self.built:
+            shapes = {parameters[0]: compat.shape_of(inputs)} if parameters else {}
+            shapes.update({key: compat.shape_of(value) for key, value in kwargs.items() if hasattr(value, "shape")})
+            object.__setattr__(self, "_call_shapes", shapes)
+        return super().__call__(inputs, **kwargs)
+
+    def call(self, inputs: Any, **kwargs: Any) -> Any:
+        """The wrapped layer's output with its kernels masked."""
+        accepted = inspect.signature(self.layer.call).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+        for name in ("training", "mask"):
+            # Keras offers both to every layer whose call takes keyword arguments.
+            if name in kwargs and not takes_all and name not in accepted:
+                del kwargs[name]
+        with self._masked_kernels():
+            return self.layer(inputs, **kwargs)
+
+    @contextlib.contextmanager
+    def _masked_kernels(self) -> Iterator[None]:
+        """The wrapped layer reads kernel * mask where its kernel variables are."""
+        originals = [(slot, vars(slot.owner)[slot.attribute]) for slot in self._slots]
+        try:
+            for slot, kernel in originals:
+                # Past Keras's tracking: for it the attribute never changes.
+                object.__setattr__(slot.owner, slot.attribute, kernel * slot.mask)
+            yield
+        finally:
+            for slot, kernel in originals:
+                object.__setattr__(slot.owner, slot.attribute, kernel)
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        """The wrapped layer's timestep mask."""
+        return self.layer.compute_mask(inputs, mask)
+
+    def compute_output_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped layer's output shape."""
+        return self.layer.compute_output_shape(*args, **kwargs)
+
+    def get_build_config(self) -> dict[str, Any]:
+        """The shapes that the wrapped layer was built with."""
+        return {"input_shape": self._built_with, "call_shapes": self._call_shapes}
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Builds the wrapped layer with the shapes that `get_build_config` returned, then the masks."""
+        object.__setattr__(self, "_call_shapes", dict(config["call_shapes"]))
+        self.build(config["input_shape"])
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments; once built, with the masks as they are, so that a clone has the same."""
+        config = super().get_config()
+        config.update(mask=self._mask_config(), seed=self.seed, weight_names=self.weight_names)
+        return config
+
+    def _mask_config(self) -> Any:
+        given = self._given_mask
+        if self._slots and all(compat.has_value(slot.mask) for slot in self._slots):
+            given = {slot.name: compat.to_numpy("mask", slot.mask) for slot in self._slots}
+        if isinstance(given, Mapping):
+            return {"masks": {name: _mask_to_config(value) for name, value in given.items()}}
+        return None if given is None else _mask_to_config(given)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Masked:
+        """A new layer from what `get_config` returned."""
+        config = dict(config)
+        layer = cls._library.saving.deserialize_keras_object(config.pop("layer"), custom_objects=custom_objects)
+        mask = config.pop("mask", None)
+        if isinstance(mask, dict) and "masks" in mask:
+            mask = {name: _mask_from_config(value) for name, value in mask["masks"].items()}
+        elif mask is not None:
+            mask = _mask_from_config(mask)
+        return cls(layer, mask=mask, **config)
+
+    def _require_built(self) -> None:
+        if not self.built:
+            raise ValueError(
+                f"The layer {self.name!r} has no mask yet because it is not built. Build the model first: call it on "
+                "data, call `model.build(input_shape)`, or give the first layer an input shape."
+            )
+
+
+def _with_layers_below(layer: Any) -> list[Any]:
+    return list(layer._flatten_layers())
+
+
+def _mask_to_config(mask: Any) -> dict[str, Any]:
+    if callable(mask):
+        return serialize_rule(mask)
+    return pack(fans.as_mask(compat.to_numpy("mask", mask)))
+
+
+def _mask_from_config(config: dict[str, Any]) -> Any:
+    return unpack(config) if "bits" in config else deserialize_rule(config)
+
+
+def _class_for(library: Any) -> type:
+    """The class of one Keras; a symbolic call is traced, whatever the number of the wrapped layer's inputs."""
+    members = {"_library": library, "__module__": __name__, "__doc__": Masked.__doc__, "__qualname__": "Masked"}
+    if library is compat.keras:
+        members["compute_output_spec"] = lambda self, *args, **kwargs: library.Operation.compute_output_spec(
+            self, *args, **kwargs
+        )
+    return compat.register_in(library, type("Masked", (Masked, library.layers.Wrapper), members))
+
+
+_CLASSES = {library: _class_for(library) for library in (compat.keras, compat.tf_keras)}

@@ -1,0 +1,107 @@
+"""Loading models that use this package, without importing more of it than they use.
+
+Each Keras keeps a table of names of custom classes. A light stand-in for each of ours goes into it; the class itself is
+imported when a model asks for it. Nothing here imports a Keras: the table is filled as soon as one is there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+PACKAGE = "keras_sparse_init"
+
+_INITIALIZERS = (
+    "SparseGlorotNormal",
+    "SparseGlorotUniform",
+    "SparseHeNormal",
+    "SparseHeUniform",
+    "SparseLecunNormal",
+    "SparseLecunUniform",
+    "SparseScaledInit",
+)
+
+# The class names of each Keras, with the module that each comes from.
+_CLASSES: dict[str, dict[str, str]] = {
+    "keras": dict.fromkeys(_INITIALIZERS, f"{PACKAGE}.initializers"),
+    "tf_keras": {
+        **dict.fromkeys(_INITIALIZERS, f"{PACKAGE}.initializers"),
+        "StaticPruneLowMagnitude": f"{PACKAGE}.tfmot_static",
+        # tfmot does not register its own.
+        "PruneLowMagnitude": "tensorflow_model_optimization.python.core.sparsity.keras.pruning_wrapper",
+    },
+}
+
+
+def register_when_imported() -> None:
+    """Fills the tables of the Kerases that are imported already, and of others at their import."""
+    waiting = set()
+    for library in _CLASSES:
+        if library in sys.modules:
+            register(library)
+        else:
+            waiting.add(library)
+    if waiting:
+        sys.meta_path.insert(0, _AfterImport(waiting))
+
+
+def register(library: str) -> None:
+    """Fills the table of `keras` or `tf_keras`, which must be imported; names already in it stay as they are."""
+    saving = getattr(sys.modules[library], "saving", None)
+    if saving is None:
+        return
+    custom_objects = saving.get_custom_objects()
+    for name, module in _CLASSES[library].items():
+        proxy = _proxy(name, module)
+        # tf_keras writes the short name into h5 files, the long one elsewhere.
+        for key in (name, f"{PACKAGE}>{name}") if module.startswith(PACKAGE) else (name,):
+            custom_objects.setdefault(key, proxy)
+
+
+def _proxy(name: str, module: str) -> type:
+    """A class that makes instances of the class of that name in that module."""
+
+    def real() -> Any:
+        return getattr(importlib.import_module(module), name)
+
+    def from_config(cls: type, config: dict[str, Any]) -> Any:
+        return real().from_config(config)
+
+    return type(
+        name,
+        (),
+        {
+            "__doc__": f"Stands for `{module}.{name}` until a model asks for it.",
+            "__module__": module,
+            "__new__": lambda cls, *args, **kwargs: real()(*args, **kwargs),
+            "from_config": classmethod(from_config),
+            "get_config": lambda self: {},
+        },
+    )
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """An import hook that registers with a Keras right after its import."""
+
+    def __init__(self, waiting: set[str]):
+        self.waiting = waiting
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> Any:
+        """The module's own spec, whose loader registers when it is done."""
+        if name not in self.waiting:
+            return None
+        self.waiting.discard(name)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                register(name)
+
+            spec.loader.exec_module = exec_module
+        return spec

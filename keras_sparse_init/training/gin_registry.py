@@ -1,0 +1,98 @@
+"""What gin configs may name, and how they are read. This module and the command line are all that knows of gin.
+
+Everything is registered from outside (`gin.external_configurable`): bindings reach what a config refers to and never a
+plain call from Python.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import gin
+
+from keras_sparse_init.initializers import SparseScaledInit
+from keras_sparse_init.training.configs import config_root
+from keras_sparse_init.training.experiments import Scratch
+from keras_sparse_init.training.job import Job
+from keras_sparse_init.training.networks import lenet5, mlp
+
+_MODULE = "keras_sparse_init"
+
+# What the configs call `train` is the making of the job: running it takes no configuration.
+_train = gin.external_configurable(Job, name="train", module=_MODULE)
+gin.external_configurable(Scratch, name="scratch", module=_MODULE)
+gin.external_configurable(SparseScaledInit, module=_MODULE)
+gin.external_configurable(lenet5, module=_MODULE)
+gin.external_configurable(mlp, module=_MODULE)
+
+
+# So that a user's config can say `include "lenet5/scratch.gin"`.
+gin.add_config_file_search_path(str(config_root()))
+
+
+def make_job(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Job, str]:
+    """Makes the job that gin files and bindings describe.
+
+    Args:
+        files: Config files; a later one overrides an earlier one.
+        bindings: Single bindings such as "SPARSITY=0.9", which override the files.
+
+    Returns:
+        The job, and the text of its operative configuration, which makes the same job again.
+
+    Raises:
+        ValueError: When a binding is unknown or its value is not valid. Messages are single lines.
+        FileNotFoundError: When the data file is missing.
+    """
+    gin.clear_config()
+    try:
+        _parse(files, bindings)
+        _check_macros(files)
+        return _train(), gin.operative_config_str()
+    except (ValueError, TypeError, OSError, ImportError, SyntaxError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(_one_line(error)) from error
+
+
+def _parse(files: Sequence[str | Path], bindings: Sequence[str]) -> None:
+    logging.disable(logging.ERROR)  # gin logs an error for each place where it looks for an included file in vain.
+    try:
+        for file in files:
+            gin.parse_config_file(str(file))
+        for binding in bindings:
+            _parse_binding(binding)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _parse_binding(binding: str) -> None:
+    if "=" not in binding:
+        raise ValueError(f"A gin binding must have the form NAME=value. Received: {binding!r}")
+    try:
+        gin.parse_config(binding)
+    except SyntaxError as error:
+        hint = "; text needs quotes" if re.fullmatch(r"[^=]*=\s*[A-Za-z_]\w*\s*", binding) else ""
+        raise ValueError(f"The gin binding {binding!r} has a value that cannot be read{hint}") from error
+
+
+def _check_macros(files: Sequence[str | Path]) -> None:
+    """Refuses macros that nothing uses (gin would silently ignore a misspelt one) and those that have no value."""
+    text = gin.config_str()
+    defined = set(re.findall(r"^(\w+) =", text, flags=re.MULTILINE))
+    used = set(re.findall(r"%(\w+)", text))
+    if unused := sorted(defined - used):
+        raise ValueError(
+            f"Unknown name {', '.join(map(repr, unused))}: nothing in {', '.join(map(str, files))} uses it. "
+            f"The names that it uses are {', '.join(sorted(used)) or 'none'}"
+        )
+    if missing := sorted(used - defined):
+        raise ValueError(f"No value is given for {', '.join(f'%{name}' for name in missing)}")
+
+
+def _one_line(error: Exception) -> str:
+    # gin appends where a value came from, which is kept, and the enclosing calls, which say nothing more.
+    message = re.sub(r"\s*In call to configurable '.*?' \(.*?>\)(?: in scope '.*?')?", "", str(error), flags=re.DOTALL)
+    return re.sub(r"\s+", " ", message).strip()

@@ -1,0 +1,72 @@
+"""The directory of a run: never one that holds anything, and the summary that marks it as finished."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+SUMMARY = "summary.json"
+
+
+def check_output_dir(path: str | os.PathLike[str]) -> Path:
+    """Refuses a directory that a run must not write to.
+
+    Args:
+        path: Where the results are to lie. Nothing is created yet.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileExistsError: When there is a file or a directory that is not empty: results are never overwritten.
+
+    Example:
+        >>> from keras_sparse_init.training.run_dir import check_output_dir
+        >>> check_output_dir("runs/a-new-one").name
+        'a-new-one'
+    """
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(f"The output directory {str(path)!r} is not empty; results are never overwritten")
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"The output directory {str(path)!r} is a file")
+    return path
+
+
+def default_output_dir(network: str, experiment: str, init: str, sparsity: float, seed: int) -> Path:
+    """A directory under runs/ whose name says what the run is and when it began."""
+    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{network}-{experiment}-{init}-{sparsity:g}-seed{seed}-{time}"
+
+
+def write_summary(directory: Path, summary: dict[str, Any]) -> None:
+    """Writes a run's summary. It is written last and in one piece: a directory that has one is a finished run."""
+    temporary = directory / f"{SUMMARY}.tmp"
+    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(directory / SUMMARY)
+
+
+def read_summary(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads the summary of a finished run.
+
+    Args:
+        directory: The run's output directory.
+
+    Returns:
+        The summary, as `write_summary` got it.
+
+    Raises:
+        FileNotFoundError: When the directory does not exist or holds no finished run.
+        ValueError: When the summary is not JSON.
+    """
+    path = Path(directory) / SUMMARY
+    if not path.is_file():
+        reason = "it has no summary.json" if path.parent.is_dir() else "there is no such directory"
+        raise FileNotFoundError(f"{str(directory)!r} is not the directory of a finished run: {reason}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not a run's summary: {error}") from error
