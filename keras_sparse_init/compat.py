@@ -19,6 +19,9 @@ _SHARE_FROM_BYTES = 2**20
 
 Class = TypeVar("Class", bound=type)
 
+# Inside a `tf.function`, TensorFlow would else rewrite the Python of everything called: 5 s the first time.
+not_rewritten = tf.autograph.experimental.do_not_convert
+
 
 class Initializer(keras.initializers.Initializer, tf_keras.initializers.Initializer):
     """Base of initializers that both Kerases accept."""
@@ -166,8 +169,15 @@ def build_layer(layer: Any, input_shape: Any, call_shapes: dict[str, Any]) -> No
         input_shape: Shape of its first input.
         call_shapes: Shapes of its tensor arguments by name, where they are known.
     """
-    if hasattr(layer, "_build_from_signature"):
-        build_attention(layer, input_shape, call_shapes)
+    if isinstance(layer, tf_keras.layers.Layer):
+        # Variables get the names of a call: `.h5` files need them to differ.
+        with tf.name_scope(layer.name):
+            if hasattr(layer, "_build_from_signature"):
+                build_attention(layer, input_shape, call_shapes)
+            else:
+                layer.build(input_shape)
+                # As tf_keras's own call does: some layers' build keeps another shape than that of their input.
+                tf_keras.layers.Layer.build(layer, input_shape)
         return
     names = [
         name
@@ -180,7 +190,6 @@ def build_layer(layer: Any, input_shape: Any, call_shapes: dict[str, Any]) -> No
         # Keras 3 names a build's arguments after those of the call: `value_shape` is the shape of `value`.
         known = {name: call_shapes.get(name.removesuffix("_shape")) for name in names}
         layer.build(**{name: shape for name, shape in known.items() if shape is not None})
-    layer.built = True
 
 
 def build_attention(layer: Any, input_shape: Any, call_shapes: dict[str, Any]) -> None:
@@ -198,7 +207,8 @@ def build_attention(layer: Any, input_shape: Any, call_shapes: dict[str, Any]) -
         (layer._output_dense, query[:-1] + [layer._num_heads, layer._value_dim]),
     ):
         if not dense.built:
-            dense.build(shape)
+            with tf.name_scope(dense.name):
+                dense.build(shape)
             dense.built = True
     layer.built = True
 

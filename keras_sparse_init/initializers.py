@@ -103,8 +103,9 @@ class SparseScaledInit(compat.Initializer):
         if seed is None:
             self.seed = random.randint(1, 10**9)
         else:
-            self.seed = seed if isinstance(seed, keras.random.SeedGenerator) else check_seed(seed)
+            self.seed = self._given_seed = seed if isinstance(seed, keras.random.SeedGenerator) else check_seed(seed)
 
+    @compat.not_rewritten
     def __call__(self, shape: Any, dtype: Any = None, mask: Any = None, kernel_layout: Any = None) -> Any:
         """A kernel's initial values.
 

@@ -74,7 +74,7 @@ def masked_kernels(model: Any) -> list[MaskedKernel]:
     """
     compat.library_of(model)
     found = []
-    for path, canonical, wrapper in [((model.name,), (model.name,), model), *traversal.walk(model)]:
+    for path, canonical, wrapper in traversal.walk(model):
         if not traversal.is_mask_wrapper(wrapper):
             continue
         pairs = tfmot.kernels_and_masks(wrapper) if tfmot.is_wrapper(wrapper) else wrapper.kernels_and_masks()
@@ -83,13 +83,18 @@ def masked_kernels(model: Any) -> list[MaskedKernel]:
             suffix = (below, attribute) if below else (attribute,)
             found.append(
                 MaskedKernel(
-                    name="/".join((*path, *suffix)),
+                    name=_unused("/".join((*path, *suffix)), {other.name for other in found}),
                     layer=owner,
                     kernel=kernel,
                     mask=mask,
                     layout=fans.kernel_layout(owner, tuple(kernel.shape), weight_name=attribute),
                     initializer=traversal.initializer_of(owner, attribute),
-                    seed_name="/".join((*canonical, *suffix)),
+                    seed_name=_unused("/".join((*canonical, *suffix)), {other.seed_name for other in found}),
                 )
             )
     return found
+
+
+def _unused(name: str, used: set[str]) -> str:
+    """The name itself, or with a number where a subclassed model has given it to several layers."""
+    return next(n for n in (name, *(f"{name}_{i}" for i in range(1, len(used) + 1))) if n not in used)

@@ -14,7 +14,7 @@ def mask_aware(initializer: Any, name: str, shape: tuple[int, ...], layout: fans
     """The initializer itself when it takes masks, else a `SparseScaledInit` with the same settings.
 
     Args:
-        initializer: An initializer of either Keras or its name.
+        initializer: An initializer of either Keras, its class or its name.
         name: The kernel's name, for messages.
         shape: The kernel's shape.
         layout: The kernel's layout.
@@ -26,6 +26,8 @@ def mask_aware(initializer: Any, name: str, shape: tuple[int, ...], layout: fans
     Raises:
         ValueError: When the initializer is not random around 0: there is no variance to scale.
     """
+    if isinstance(initializer, type):
+        initializer = initializer()
     if isinstance(initializer, str):
         initializer = compat.tf_keras.initializers.get(initializer)
     if isinstance(initializer, SparseScaledInit):
@@ -42,6 +44,13 @@ def mask_aware(initializer: Any, name: str, shape: tuple[int, ...], layout: fans
         )
     dense_fan_in, _ = fans.dense_fans(shape, layout)
     return SparseScaledInit(variance * max(1.0, dense_fan_in), "fan_in", distribution, seed=seed)
+
+
+def unaware(initializer: SparseScaledInit, library: Any) -> Any:
+    """Keras's initializer with the settings of ours, which knows no masks."""
+    return library.initializers.VarianceScaling(
+        initializer.scale, initializer.mode, initializer.distribution, seed=initializer.given_seed
+    )
 
 
 def _fixed_variance(initializer: Any, config: dict[str, Any], shape: tuple[int, ...]) -> tuple[float | None, str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_sparse_init import compat, fans, masks, tfmot, traversal
 from keras_sparse_init.masked_kernel import MaskedKernel, masked_kernels
-from keras_sparse_init.matching import mask_aware
+from keras_sparse_init.matching import mask_aware, unaware
 from keras_sparse_init.sampling import check_seed, derive_seed
 from keras_sparse_init.table import SparsityRow, SparsityTable
 from keras_sparse_init.variance import check_choice
@@ -184,14 +184,14 @@ def sparsify(
     left_dense = []
 
     def wrap(layer: Any, copy: Callable[[Any], Any]) -> Any:
-        if skipped(layer) or tfmot.is_wrapper(layer):
-            return None
+        if skipped(layer) or traversal.is_mask_wrapper(layer):
+            return copy(layer)
         if tfmot.can_wrap(layer):
             wrapped = tfmot.static_wrapper(copy(layer))
             if wrapped.layer.built:
                 wrapped.build(None)
             return wrapped
-        if any(len(weight.shape) > 1 for weight in layer.weights):
+        if any(len(weight.shape) > 1 for weight in traversal.own_variables(layer)):
             left_dense.append(layer.name)
         return None
 
@@ -244,7 +244,8 @@ def strip(model: Any) -> Any:
             subclassed model is changed in place.
 
     Returns:
-        The plain model, not compiled. It saves and loads without this package.
+        The plain model, not compiled. It saves and loads without this package: initializers of this package, wherever
+        they are in the model, become Keras's `VarianceScaling` of the same scale, mode and distribution.
 
     Example:
         >>> import numpy as np, tf_keras
@@ -255,7 +256,18 @@ def strip(model: Any) -> Any:
         ('out', 16)
     """
     apply_masks(model)
-    return traversal.rebuild(model, lambda layer, copy: copy(layer.layer) if traversal.is_mask_wrapper(layer) else None)
+
+    def unwrap(layer: Any, copy: Callable[[Any], Any]) -> Any:
+        if not traversal.is_mask_wrapper(layer):
+            return None
+        plain = copy(layer.layer)
+        if tfmot.is_wrapper(layer):
+            tfmot.release(plain)
+        return plain
+
+    plain = traversal.rebuild(model, unwrap)
+    traversal.replace_initializers(plain, unaware)
+    return plain
 
 
 def _require_masked(model: Any) -> list[MaskedKernel]:

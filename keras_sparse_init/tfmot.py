@@ -5,6 +5,7 @@ tfmot itself is imported only where a wrapper is made: see `tfmot_static`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,31 @@ def static_wrapper(layer: tf_keras.layers.Layer) -> StaticPruneLowMagnitude:
     return StaticPruneLowMagnitude(layer)
 
 
+def wrap_like(wrapper: Any, layer: tf_keras.layers.Layer) -> Any:
+    """Another wrapper of the same kind and settings around another layer, whose weights and masks are its own."""
+    if is_static(wrapper):
+        new = static_wrapper(layer)
+    else:
+        new = type(wrapper)(
+            layer,
+            pruning_schedule=wrapper.pruning_schedule,
+            block_size=wrapper.block_size,
+            block_pooling_type=wrapper.block_pooling_type,
+            sparsity_m_by_n=wrapper.sparsity_m_by_n,
+        )
+    if layer.built:
+        new.build(None)
+    return new
+
+
+def release(layer: tf_keras.layers.Layer) -> None:
+    """Takes from a layer what a wrapper around it has added to it, so that it can go on without."""
+    from keras_sparse_init import tfmot_static
+
+    vars(layer).pop("get_prunable_weights", None)
+    tfmot_static.release(layer)
+
+
 def fix_precision(model: tf_keras.layers.Layer) -> None:
     """Stops tfmot from rounding the kernels of a mixed-precision model at every forward pass.
 
@@ -159,7 +185,7 @@ class UpdatePruningStep(tf_keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Starts the steps of a new model at 0 and prepares its train function."""
         for wrapper in self._wrappers():
-            if wrapper.built and int(wrapper.pruning_step) < 0:
+            if wrapper.built and int(tf.convert_to_tensor(wrapper.pruning_step)) < 0:
                 wrapper.pruning_step.assign(0)
         model = self.model
         # One that a `fit` broken off by an exception has left behind.
@@ -183,6 +209,9 @@ class UpdatePruningStep(tf_keras.callbacks.Callback):
     def _wrappers(self) -> list[Any]:
         return [wrapper for wrapper in wrappers(self.model) if not is_static(wrapper)]
 
+    def _step_of(self, wrapper: Any) -> tf.Tensor:
+        return self._steps.get(id(wrapper), wrapper.pruning_step)
+
     def _counting(self, train_step: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def counting(data: Any) -> Any:
             found = self._wrappers()
@@ -194,7 +223,7 @@ class UpdatePruningStep(tf_keras.callbacks.Callback):
                 _fix_precision(wrapper)
                 before = tf.maximum(wrapper.pruning_step, tf.constant(0, tf.int64))
                 wrapper.pruning_step.assign(before)
-                wrapper.pruning_obj._step_fn = lambda wrapper=wrapper: self._steps.get(id(wrapper), wrapper.pruning_step)
+                wrapper.pruning_obj._step_fn = functools.partial(self._step_of, wrapper)
                 steps[id(wrapper)] = before + 1
             self._steps = steps
             try:

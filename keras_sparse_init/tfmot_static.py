@@ -6,19 +6,28 @@ Importing tfmot takes seconds, and turns `tf.keras` into tf_keras for the proces
 from __future__ import annotations
 
 import inspect
+import random
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tf_keras
 from tensorflow_model_optimization.python.core.sparsity.keras.prune_registry import PruneRegistry
 from tensorflow_model_optimization.python.core.sparsity.keras.pruning_schedule import PruningSchedule
 from tensorflow_model_optimization.python.core.sparsity.keras.pruning_wrapper import PruneLowMagnitude
 
+from keras_sparse_init import compat, fans, traversal
+from keras_sparse_init.matching import mask_aware
+from keras_sparse_init.packing import pack, unpack
+from keras_sparse_init.sampling import derive_seed
+
 
 class Never(PruningSchedule):
     """The schedule of a static mask: no step updates it."""
 
     def __call__(self, step: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        """Whether to update the masks at a step, and to what sparsity."""
         return tf.constant(False), tf.constant(0.0)
 
     def get_config(self) -> dict[str, Any]:
@@ -39,41 +48,92 @@ class StaticPruneLowMagnitude(PruneLowMagnitude):
 
     Args:
         layer: A tf_keras layer that tfmot can prune, or a `Bidirectional` of one; built or not.
+        masks: None, or an array of 0 and 1 for each kernel. A layer that is not built yet gets kernels drawn for them.
         **kwargs: Arguments of `tf_keras.layers.Layer`.
 
     Raises:
-        ValueError: When tfmot cannot prune the layer.
+        ValueError: When tfmot cannot prune the layer, or at build, when the masks do not fit its kernels.
     """
 
-    def __init__(self, layer: tf_keras.layers.Layer, **kwargs: Any):
+    def __init__(self, layer: tf_keras.layers.Layer, masks: Sequence[Any] | None = None, **kwargs: Any):
         extend_registry(layer)
         # Otherwise the wrapper has the global policy, and imposes it on a layer that was given another.
         kwargs.setdefault("dtype", layer.dtype_policy)
         super().__init__(layer, pruning_schedule=Never(), **kwargs)
         self.supports_masking = layer.supports_masking
+        # Plain attributes, set past Keras's tracking.
+        object.__setattr__(self, "_given_masks", None if masks is None else [np.asarray(mask) for mask in masks])
+        object.__setattr__(self, "_call_shapes", {})
 
     def build(self, input_shape: Any) -> None:
         """Builds the layer, then the mask of each of its kernels."""
-        if hasattr(self.layer, "_build_from_signature"):
-            _build_attention(self.layer, input_shape)
+        fresh = not self.layer.built
+        if fresh and hasattr(self.layer, "_build_from_signature"):
+            compat.build_attention(self.layer, input_shape, self._call_shapes)
         super().build(input_shape)
         self.pruning_obj._pruning_vars = raw_variables(self.pruning_vars)
+        if self._given_masks is not None and fresh:
+            with compat.eager_scope():
+                self._draw_for_masks_given()
         if not isinstance(self.layer, tf_keras.layers.Embedding):
             for kernel, mask, _ in self.pruning_obj._pruning_vars:
                 _constrain(kernel, mask)
 
     def add_weight(self, name: str, *args: Any, **kwargs: Any) -> tf.Variable:
         """Adds a mask, threshold or step, with the initial value and the name that tfmot should have given it."""
-        kernel = len(self._non_trainable_weights) // 2
+        index = len(self._non_trainable_weights) // 2
         if name == "mask":
-            weight = self.prunable_weights[kernel]
-            kwargs["initializer"] = lambda shape, dtype: tf.cast(tf.not_equal(weight, 0), dtype)
+            kernel = self.prunable_weights[index]
+            given = None if self._given_masks is None else self._mask_given(index)
+            kwargs["initializer"] = lambda shape, dtype: (
+                compat.nonzero_pattern(kernel, dtype) if given is None else tf.cast(given, dtype)
+            )
         elif name == "pruning_step":
             kwargs["initializer"] = "zeros"
-        if name != "pruning_step" and kernel:
+        if name != "pruning_step" and index:
             # Two masks of the same name cannot be saved as h5, and in a checkpoint the second replaces the first.
-            name = f"{name}_{kernel}"
+            name = f"{name}_{index}"
         return super().add_weight(name, *args, **kwargs)
+
+    def _mask_given(self, index: int) -> np.ndarray:
+        masks, kernels = self._given_masks, self.prunable_weights
+        if len(masks) != len(kernels):
+            raise ValueError(
+                f"`masks` must have a mask for each of the {len(kernels)} kernels of {self.layer.name!r}. "
+                f"Received: {len(masks)}"
+            )
+        try:
+            return fans.as_mask(masks[index], tuple(kernels[index].shape))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"A mask of the layer {self.layer.name!r} cannot be set: {error}") from None
+
+    def _draw_for_masks_given(self) -> None:
+        base = random.randint(1, 10**9)
+        for index, kernel in enumerate(self.prunable_weights):
+            if compat.is_restored(kernel):
+                continue
+            below, owner, attribute = traversal.owner_of(self.layer, kernel)
+            name, mask = f"{below}/{attribute}", self._mask_given(index)
+            layout = fans.kernel_layout(owner, mask.shape, weight_name=attribute)
+            try:
+                initializer = mask_aware(traversal.initializer_of(owner, attribute), name, mask.shape, layout)
+            except ValueError:
+                # No variance to scale: the values that the layer has got.
+                compat.assign(kernel, np.where(mask, compat.to_numpy("kernel", kernel), 0))
+                continue
+            seed = derive_seed(base if initializer.given_seed is None else initializer.given_seed, name)
+            compat.assign(kernel, initializer.draw(mask.shape, compat.true_dtype(kernel), mask, layout, seed))
+
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Calls the wrapped layer on `inputs` and whatever else it takes."""
+        if not self.built:
+            # What `MultiHeadAttention` attends to decides on the shapes of its kernels.
+            named = {**dict(zip(("value", "key"), args, strict=False)), **kwargs}
+            shapes = {
+                name: compat.shape_of(named[name]) for name in ("value", "key") if hasattr(named.get(name), "shape")
+            }
+            object.__setattr__(self, "_call_shapes", shapes)
+        return super().__call__(inputs, *args, **kwargs)
 
     def call(self, inputs: Any, *args: Any, training: Any = None, mask: Any = None, **kwargs: Any) -> Any:
         """Masks the kernels and calls the layer with those of the arguments that it takes."""
@@ -96,15 +156,21 @@ class StaticPruneLowMagnitude(PruneLowMagnitude):
         self.layer.reset_states()
 
     def get_config(self) -> dict[str, Any]:
-        """The layer's config and the wrapper's own settings."""
+        """The layer's config; once built, with the masks as they are, so that a clone has the same."""
         config = super().get_config()
-        return {key: config[key] for key in ("name", "trainable", "dtype", "layer") if key in config}
+        masks = self._given_masks
+        if self.built:
+            masks = [compat.to_numpy("mask", mask) for _, mask, _ in self.pruning_vars]
+        own = {key: config[key] for key in ("name", "trainable", "dtype", "layer") if key in config}
+        return {**own, "masks": None if masks is None else [pack(fans.as_mask(mask)) for mask in masks]}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> StaticPruneLowMagnitude:
         """A new wrapper, whose name follows from the layer's."""
         config = {key: value for key, value in config.items() if key != "name"}
-        return cls(tf_keras.layers.deserialize(config.pop("layer")), **config)
+        masks = config.pop("masks", None)
+        masks = None if masks is None else [unpack(mask) for mask in masks]
+        return cls(tf_keras.layers.deserialize(config.pop("layer")), masks, **config)
 
 
 def extend_registry(layer: tf_keras.layers.Layer) -> None:
@@ -143,22 +209,18 @@ def _constrain(kernel: tf.Variable, mask: tf.Variable) -> None:
     def constraint(value: Any) -> tf.Tensor:
         return (tf.convert_to_tensor(value) if own is None else own(value)) * mask
 
-    for variable in (kernel, *getattr(kernel, "values", ())):
-        variable._constraint = constraint
+    constraint.own = own
+    _set_constraint(kernel, constraint)
 
 
-def _build_attention(layer: Any, input_shape: Any) -> None:
-    """Creates the kernels of a `MultiHeadAttention`, which otherwise appear at its first call, after the masks."""
-    if layer._query_shape is None:
-        # Nothing has been seen of the values: attention of the inputs on themselves.
-        layer._build_from_signature(input_shape, input_shape)
-    query, key, value = layer._query_shape, layer._key_shape, layer._value_shape
-    for dense, shape in (
-        (layer._query_dense, query),
-        (layer._key_dense, key),
-        (layer._value_dense, value),
-        (layer._output_dense, query[:-1] + [layer._num_heads, layer._value_dim]),
-    ):
-        if not dense.built:
-            dense.build(shape)
-            dense.built = True
+def release(layer: tf_keras.layers.Layer) -> None:
+    """Takes the masking from the kernels of a layer that was wrapped."""
+    for variable in layer.weights:
+        variable = getattr(variable, "_variable", variable)
+        if hasattr(variable.constraint, "own"):
+            _set_constraint(variable, variable.constraint.own)
+
+
+def _set_constraint(variable: tf.Variable, constraint: Any) -> None:
+    for part in (variable, *getattr(variable, "values", ())):
+        part._constraint = constraint

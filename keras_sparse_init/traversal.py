@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from keras_sparse_init import compat, tfmot
+from keras_sparse_init.initializers import SparseScaledInit
+
+Replace = Callable[[Any, Callable[[Any], Any]], Any]
 
 # What Keras's layers call the weights that multiply their inputs; Keras 3 has some of them under a private name.
 _KERNEL_NAMES = ("kernel", "recurrent_kernel", "depthwise_kernel", "pointwise_kernel", "embeddings")
@@ -18,6 +21,13 @@ class MaskWrapper:
     def kernels_and_masks(self) -> list[tuple[Any, Any]]:
         """The variables of the masked kernels, each with its mask's."""
         raise NotImplementedError
+
+    def wrap_like(self, layer: Any) -> Any:
+        """Another wrapper of this kind around another layer, whose masks are its own."""
+        new = type(self)(layer, name=self.name, weight_names=self.weight_names)
+        if layer.built:
+            new.build(None)
+        return new
 
 
 def is_mask_wrapper(layer: Any) -> bool:
@@ -54,38 +64,48 @@ def initializer_of(layer: Any, attribute: str) -> Any:
 
 
 def walk(layer: Any) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Any]]:
-    """All layers below a model or layer, depth first in model order, each once.
+    """All layers below a model or layer, depth first in model order, each once; a mask wrapper itself comes first.
 
     Yields:
         (path, canonical path, layer). A path lists layer names; a mask wrapper adds no name to the path of the layer
         inside it. In a canonical path, names that Keras numbered by itself (`dense_7`) are numbered anew among their
         siblings, so that it is the same whatever the process built before.
     """
-    yield from _walk(layer, (), (), set())
+    seen: set[int] = set()
+    yield from _visit([layer], (), (), seen) if is_mask_wrapper(layer) else _visit(_children(layer), (), (), seen)
 
 
-def _walk(
-    parent: Any, path: tuple[str, ...], canonical: tuple[str, ...], seen: set[int]
+def _visit(
+    siblings: list[Any], path: tuple[str, ...], canonical: tuple[str, ...], seen: set[int]
 ) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Any]]:
     counts: dict[str, int] = {}
-    for child in parent._flatten_layers(recursive=False, include_self=False):
-        if id(child) in seen:
+    for layer in siblings:
+        if id(layer) in seen:
             continue
-        seen.add(id(child))
-        named = child.layer if is_mask_wrapper(child) else child
-        child_path = (*path, named.name)
-        child_canonical = (*canonical, _canonical_name(named, counts))
-        yield child_path, child_canonical, child
-        if named is not child:
+        seen.add(id(layer))
+        named = layer.layer if is_mask_wrapper(layer) else layer
+        layer_path = (*path, named.name)
+        layer_canonical = (*canonical, _canonical_name(named, counts))
+        yield layer_path, layer_canonical, layer
+        if named is not layer:
             seen.add(id(named))
-            yield child_path, child_canonical, named
-        yield from _walk(named, child_path, child_canonical, seen)
+            yield layer_path, layer_canonical, named
+        yield from _visit(_children(named), layer_path, layer_canonical, seen)
+
+
+def _children(layer: Any) -> list[Any]:
+    return list(layer._flatten_layers(recursive=False, include_self=False))
 
 
 def _canonical_name(layer: Any, counts: dict[str, int]) -> str:
-    stem = re.sub(r"_\d+$", "", layer.name)
-    if stem.replace("_", "") != type(layer).__name__.lower():
+    # `Bidirectional` puts a prefix to the names of its two layers.
+    prefix, name = re.fullmatch(r"((?:forward_|backward_)*)(.*)", layer.name).groups()
+    stem = re.sub(r"_\d+$", "", name)
+    kind = type(layer).__name__
+    automatic = {kind.lower().replace("_", ""), "model" if kind == "Functional" else ""}
+    if stem.replace("_", "").removeprefix("private" if kind.startswith("_") else "") not in automatic:
         return layer.name
+    stem = prefix + stem
     counts[stem] = counts.get(stem, -1) + 1
     return f"{stem}_{counts[stem]}"
 
@@ -104,31 +124,37 @@ def owner_of(layer: Any, variable: Any) -> tuple[str, Any, str]:
     return "", layer, variable.name.split("/")[-1].split(":")[0]
 
 
-def rebuild(model: Any, replace: Callable[[Any, Callable[[Any], Any]], Any]) -> Any:
+def rebuild(model: Any, replace: Replace) -> Any:
     """A model in which some layers are replaced; all others keep their weights.
 
-    Sequential and functional models, nested ones too, are made anew and leave the original alone. A subclassed
-    model cannot be made anew from its layers: those that its attributes, lists and dicts hold are replaced in place,
-    and the model itself is returned.
+    Sequential and functional models, nested ones too, are made anew and leave the original alone, as do the layers and
+    subclassed models inside them that can be made from their config. A subclassed model cannot be made anew from its
+    layers: those that its attributes, lists and dicts hold are replaced in place, and the model itself is returned.
 
     Args:
         model: A built model.
         replace: Called as `replace(layer, copy)` with each layer that is no model. Returns a new layer made of
-            `copy(layer)` or of `copy(layer.layer)`, or None to keep the layer. `copy` gives the layer itself
-            where the model is changed in place, else a new layer that gets the same weights.
+            `copy(layer)` or of `copy(layer.layer)`; `copy(layer)` itself to keep the layer with all inside it; or None
+            to keep it and go on with the layers inside it. What `copy` returns is a new layer that gets the same
+            weights, or the layer itself where the model is changed in place.
 
     Returns:
         The model with the replacements. It is not compiled, unless it was changed in place.
     """
+    return _rebuild(model, replace, {})
+
+
+def _rebuild(model: Any, replace: Replace, done: dict[int, Any]) -> Any:
     library = compat.library_of(model)
     if not _is_graph_network(model, library):
-        _replace_attributes(model, replace, {})
+        _replace_inside(model, model, replace, done)
         for function in ("train_function", "test_function", "predict_function"):
             # What Keras traced of the old layers must not be called again.
             setattr(model, function, None)
         return model
 
     copies: list[tuple[Any, Any]] = []
+    kept: list[tuple[Any, Any]] = []
 
     def copy(layer: Any) -> Any:
         new = type(layer).from_config(layer.get_config())
@@ -136,16 +162,36 @@ def rebuild(model: Any, replace: Callable[[Any, Callable[[Any], Any]], Any]) -> 
         return new
 
     def clone(layer: Any) -> Any:
+        # A layer may be shared by several models that are nested in one.
+        if id(layer) not in done:
+            done[id(layer)] = _clone(layer)
+        return done[id(layer)]
+
+    def _clone(layer: Any) -> Any:
         if isinstance(layer, library.Model):
-            return rebuild(layer, replace)
-        new = replace(layer, copy)
-        return copy(layer) if new is None else new
+            if _is_graph_network(layer, library):
+                return _rebuild(layer, replace, done)
+            try:
+                new = copy(layer)
+            except (NotImplementedError, TypeError):
+                return _rebuild(layer, replace, done)
+        else:
+            new = replace(layer, copy)
+            if new is not None:
+                return new
+            new = copy(layer)
+        kept.append((layer, new))
+        return new
 
     rebuilt = library.models.clone_model(model, clone_function=clone)
     if model.built and not rebuilt.built:
         rebuilt.build(model.input_shape)
     for old, new in copies:
-        new.set_weights(old.get_weights())
+        _wrap_inside(old, new)
+        _copy_state(old, new)
+    for old, new in kept:
+        if not is_mask_wrapper(old):
+            _replace_inside(old, new, replace, done)
     return rebuilt
 
 
@@ -157,36 +203,115 @@ def _is_graph_network(model: Any, library: Any) -> bool:
     )
 
 
-def _replace_attributes(parent: Any, replace: Callable[[Any, Callable[[Any], Any]], Any], done: dict[int, Any]) -> None:
-    """Replaces layers in the attributes of an object that is no graph network, and of the layers below it."""
-    library = compat.library_of(parent)
+def _copy_state(old: Any, new: Any) -> None:
+    """Gives a layer the weights of another of the same structure, and what is frozen in it."""
+    for source, target in zip(old._flatten_layers(), new._flatten_layers(), strict=True):
+        if source.trainable != target.trainable:
+            target.trainable = source.trainable
+    for source, target in zip(_variables(old), _variables(new), strict=True):
+        compat.assign(target, compat.to_numpy("weight", source))
 
-    def replaced(value: Any) -> Any:
-        """The value with its layers replaced; the very same object where there is nothing to replace."""
-        if isinstance(value, library.layers.Layer):
-            if id(value) not in done:
-                if isinstance(value, library.Model):
-                    done[id(value)] = rebuild(value, replace)
-                else:
-                    new = replace(value, lambda layer: layer)
-                    done[id(value)] = value if new is None else new
-                    if new is None:
-                        _replace_attributes(value, replace, done)
-            return done[id(value)]
-        if isinstance(value, list | tuple):
-            items = [replaced(item) for item in value]
-            changed = any(new is not old for new, old in zip(items, value, strict=True))
-            return type(items)(items) if changed else value
-        if isinstance(value, dict):
-            entries = {key: replaced(item) for key, item in value.items()}
-            return entries if any(entries[key] is not value[key] for key in entries) else value
-        return value
 
-    for name, value in list(vars(parent).items()):
-        # Keras's own lists of what it tracks follow from the attributes.
-        if name.startswith("_self_") or name in ("_layers", "_obj_reference_counts_dict"):
+def _variables(layer: Any) -> list[Any]:
+    """All variables of a layer in an order that does not depend on which of them are frozen."""
+    if compat.library_of(layer) is not compat.tf_keras:
+        return layer.variables
+    found = {id(variable): variable for part in layer._flatten_layers() for variable in own_variables(part)}
+    return list(found.values())
+
+
+def own_variables(layer: Any) -> list[Any]:
+    """The variables of a tf_keras layer without those of the layers inside it."""
+    return layer._trainable_weights + layer._non_trainable_weights
+
+
+def replace_initializers(layer: Any, replacement: Callable[[Any, Any], Any]) -> None:
+    """Replaces this package's initializers in a layer and all layers that it holds, also those it does not track.
+
+    Args:
+        layer: A layer or model.
+        replacement: Called as `replacement(initializer, library)`; returns an initializer of that Keras.
+    """
+    library, waiting, seen = compat.library_of(layer), [layer], set()
+    while waiting:
+        holder = waiting.pop()
+        if id(holder) in seen:
             continue
-        new = replaced(value)
-        if new is not value:
-            delattr(parent, name)
-            setattr(parent, name, new)
+        seen.add(id(holder))
+        waiting += _children(holder)
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, SparseScaledInit):
+                object.__setattr__(holder, name, replacement(value, library))
+            elif isinstance(value, library.layers.Layer):
+                waiting.append(value)
+
+
+def _wrap_inside(old: Any, new: Any) -> None:
+    """Wraps the layers inside a copy that are wrapped in the original: a config may not tell of what is inside."""
+
+    def wrap(old_layer: Any, new_layer: Any) -> tuple[Any, bool]:
+        if is_mask_wrapper(old_layer) and not is_mask_wrapper(new_layer):
+            if tfmot.is_wrapper(old_layer):
+                return tfmot.wrap_like(old_layer, new_layer), False
+            return old_layer.wrap_like(new_layer), False
+        return new_layer, not is_mask_wrapper(old_layer)
+
+    _map_inside(old, new, wrap, {})
+
+
+def _replace_inside(old: Any, new: Any, replace: Replace, done: dict[int, Any]) -> None:
+    """Replaces layers inside `new`, which is `old` itself or a copy of it, by what `replace` says of those of `old`."""
+    library = compat.library_of(old)
+
+    def replaced(old_layer: Any, new_layer: Any) -> tuple[Any, bool]:
+        if isinstance(old_layer, library.Model):
+            return _rebuild(old_layer, replace, done), False
+        result = replace(old_layer, lambda layer: new_layer if layer is old_layer else new_layer.layer)
+        return (new_layer, not is_mask_wrapper(old_layer)) if result is None else (result, False)
+
+    _map_inside(old, new, replaced, done)
+
+
+def _map_inside(old: Any, new: Any, function: Callable[[Any, Any], tuple[Any, bool]], done: dict[int, Any]) -> None:
+    """Replaces the layers in the attributes, lists and dicts of `new`, a layer of the same structure as `old`.
+
+    Args:
+        old: The layer that tells what is where.
+        new: The layer to change; may be `old`.
+        function: Called as `function(old_layer, new_layer)`. Returns the layer to put in the place of `new_layer`, and
+            whether to go on with the layers inside.
+        done: The result for each layer of `old` so far, by id.
+    """
+    layer_class = compat.library_of(old).layers.Layer
+
+    def mapped(old_value: Any, new_value: Any) -> Any:
+        """The new value with its layers replaced; the very same object where there is nothing to replace."""
+        if isinstance(old_value, layer_class):
+            if id(old_value) not in done:
+                done[id(old_value)], inside = function(old_value, new_value)
+                if inside:
+                    _map_inside(old_value, new_value, function, done)
+            return done[id(old_value)]
+        if isinstance(old_value, list | tuple) and len(old_value) == len(new_value):
+            items = [mapped(*pair) for pair in zip(old_value, new_value, strict=True)]
+            changed = any(after is not before for after, before in zip(items, new_value, strict=True))
+            return type(items)(items) if changed else new_value
+        if isinstance(old_value, dict) and old_value.keys() == new_value.keys():
+            entries = {key: mapped(old_value[key], new_value[key]) for key in old_value}
+            return entries if any(entries[key] is not new_value[key] for key in entries) else new_value
+        return new_value
+
+    for name, old_value in list(vars(old).items()):
+        # Keras's own lists of what it tracks follow from the attributes.
+        if name.startswith("_self_") or name in ("_layers", "_obj_reference_counts_dict") or name not in vars(new):
+            continue
+        before = vars(new)[name]
+        after = mapped(old_value, before)
+        if after is not before:
+            tracked = getattr(new, "_self_tracked_trackables", [])
+            position = next((i for i, value in enumerate(tracked) if value is before), None)
+            delattr(new, name)
+            setattr(new, name, after)
+            if position is not None and len(tracked) > position:
+                # The order of the layers is the order of tracking.
+                tracked.insert(position, tracked.pop())

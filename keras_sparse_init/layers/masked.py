@@ -71,6 +71,7 @@ class Masked(MaskWrapper):
     _library: Any = None
 
     def __new__(cls, layer: Any, *args: Any, **kwargs: Any) -> Masked:
+        """An instance of the class for the layer's Keras."""
         if cls is Masked:
             cls = _CLASSES[compat.library_of(layer)]
         return super().__new__(cls, layer, *args, **kwargs)
@@ -289,7 +290,7 @@ class Masked(MaskWrapper):
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Masked:
         """A new layer from what `get_config` returned."""
         config = dict(config)
-        layer = cls._library.saving.deserialize_keras_object(config.pop("layer"), custom_objects=custom_objects)
+        layer = cls._library.layers.deserialize(config.pop("layer"), custom_objects=custom_objects)
         mask = config.pop("mask", None)
         if isinstance(mask, dict) and "masks" in mask:
             mask = {name: _mask_from_config(value) for name, value in mask["masks"].items()}

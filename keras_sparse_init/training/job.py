@@ -61,6 +61,7 @@ class Job:
 
     Raises:
         ValueError: When an argument is out of its range, or model and data do not fit together.
+        TypeError: When the model is not one of tf_keras.
         FileNotFoundError: When there is no such data file.
 
     Example:
@@ -122,7 +123,7 @@ class Job:
         described, table = self.experiment.describe(), self.table()
         if output_dir is None:
             output_dir = run_dir.default_output_dir(
-                self.network, described["experiment"], described["init"], round(table.total.sparsity, 4), self.seed
+                self.network, described["experiment"], described["init"], round(table.total.sparsity, 3), self.seed
             )
         directory = run_dir.check_output_dir(output_dir)
         directory.mkdir(parents=True, exist_ok=True)
