@@ -83,15 +83,15 @@ def to_numpy(name: str, value: Any) -> np.ndarray:
         # Inside a traced function, the lifted scope reads the variable's value instead of a symbol for it.
         with tf.init_scope():
             return np.asarray(value.read_value())
+    if isinstance(value, keras.KerasTensor) or (isinstance(value, tf.Tensor) and not hasattr(value, "numpy")):
+        raise ValueError(f"`{name}` must have a value when the function or model is traced. Received: {value}")
     if isinstance(value, tf.Tensor):
-        if not hasattr(value, "numpy"):
-            raise ValueError(f"`{name}` must have a value when the function is traced. Received: {value}")
         return value.numpy()
     if isinstance(value, keras.Variable):
         return to_numpy(name, value.value)
     try:
         return np.asarray(value if isinstance(value, list | tuple) else keras.ops.convert_to_numpy(value))
-    except (TypeError, ValueError) as error:  # Rows of unequal length; a `KerasTensor`; JAX's tracers.
+    except (TypeError, ValueError) as error:  # Rows of unequal length; the symbols of JAX.
         raise ValueError(f"`{name}` must be an array that has a value. Received: {value!r}") from error
 
 
@@ -161,6 +161,17 @@ def plain_shape(shape: Any) -> Any:
     return shape
 
 
+def layer_shape(layer: Any, shape: Any) -> Any:
+    """A shape that `plain_shape` returned as the layer's Keras gives it to `build`: lists mean several inputs there."""
+    if isinstance(shape, dict):
+        return {key: layer_shape(layer, item) for key, item in shape.items()}
+    if not isinstance(shape, list | tuple):
+        return shape
+    if all(item is None or isinstance(item, int) for item in shape):
+        return tf.TensorShape(shape) if isinstance(layer, tf_keras.layers.Layer) else tuple(shape)
+    return [layer_shape(layer, item) for item in shape]
+
+
 def build_layer(layer: Any, input_shape: Any, call_shapes: dict[str, Any]) -> None:
     """Builds a layer that another one wraps.
 
@@ -169,6 +180,7 @@ def build_layer(layer: Any, input_shape: Any, call_shapes: dict[str, Any]) -> No
         input_shape: Shape of its first input.
         call_shapes: Shapes of its tensor arguments by name, where they are known.
     """
+    input_shape, call_shapes = layer_shape(layer, input_shape), layer_shape(layer, call_shapes)
     if isinstance(layer, tf_keras.layers.Layer):
         # Variables get the names of a call: `.h5` files need them to differ.
         with tf.name_scope(layer.name):

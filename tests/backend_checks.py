@@ -1,0 +1,180 @@
+"""What must hold on every backend of Keras 3. Run as a program, prints the failures of KERAS_BACKEND as JSON.
+
+A backend is chosen when Keras is imported, so that test_backends runs the others in a process of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import traceback
+import warnings
+
+import keras
+import numpy as np
+import tensorflow as tf
+import tf_keras
+
+import keras_sparse_init
+from keras_sparse_init import SparseHeNormal, SparseScaledInit, masks
+from keras_sparse_init.fans import kernel_layout
+
+MASK = np.random.default_rng(0).random((30, 20)) < 0.3
+
+INITIALIZERS = [
+    getattr(keras_sparse_init, name) for name in keras_sparse_init.__all__ if name.startswith("Sparse")
+]
+
+
+def digests() -> list[str]:
+    """Of every initializer's values for a small and for a large kernel."""
+    result = []
+    for cls in INITIALIZERS:
+        for shape in ((30, 20), (1200, 1000)):
+            kernel = keras.ops.convert_to_numpy(cls(mask=masks.ConstantFanIn(0.5), seed=1)(shape))
+            result.append(hashlib.sha256(kernel.tobytes()).hexdigest())
+    return result
+
+
+def check_values_are_tensors_of_the_backend():
+    for cls in INITIALIZERS:
+        kernel = cls(mask=MASK, seed=1)((30, 20), dtype="float32")
+        assert keras.ops.is_tensor(kernel)
+        assert keras.backend.standardize_dtype(kernel.dtype) == "float32"
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(kernel) != 0, MASK)
+
+
+def check_half_types():
+    for dtype in ("float16", "bfloat16"):
+        kernel = SparseHeNormal(mask=MASK, seed=1)((30, 20), dtype=dtype)
+        assert keras.backend.standardize_dtype(kernel.dtype) == dtype
+        as_float = keras.ops.convert_to_numpy(keras.ops.cast(kernel, "float32"))
+        np.testing.assert_array_equal(as_float != 0, MASK)
+
+
+def check_a_mask_may_be_a_tensor_or_variable_of_the_backend():
+    expected = keras.ops.convert_to_numpy(SparseHeNormal(seed=1)((30, 20), mask=MASK))
+    for mask in (keras.ops.convert_to_tensor(MASK), keras.Variable(MASK.astype("float32"))):
+        kernel = SparseHeNormal(seed=1)((30, 20), mask=mask)
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(kernel), expected)
+
+
+def check_tf_keras_gets_tensors_of_tensorflow_beside_any_backend():
+    init = SparseHeNormal(mask=MASK, seed=1)
+    layer = tf_keras.layers.Dense(20, kernel_initializer=init)
+    layer.build((None, 30))
+    assert isinstance(layer.kernel, tf.Variable)
+    np.testing.assert_array_equal(layer.kernel.numpy(), keras.ops.convert_to_numpy(init((30, 20))))
+
+
+def network(**settings):
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(4, 3, kernel_initializer=SparseHeNormal(**settings), name="conv"),
+            layers.DepthwiseConv2D(
+                3, depthwise_initializer=SparseHeNormal(kernel_layout="depthwise", **settings), name="depthwise"
+            ),
+            layers.Reshape((4, 16)),
+            layers.Bidirectional(layers.GRU(3, kernel_initializer=SparseScaledInit(**settings)), name="gru"),
+            layers.Dense(5, kernel_initializer=SparseHeNormal(**settings), name="dense"),
+        ]
+    )
+
+
+def check_layers_are_built_and_trained_and_their_layouts_are_known():
+    model = network(sparsity=0.5, seed=1)
+    depthwise = model.get_layer("depthwise")
+    assert kernel_layout(depthwise, tuple(depthwise.kernel.shape)).name == "depthwise"
+    for layer in (model.get_layer("conv"), depthwise, model.get_layer("dense")):
+        kernel = keras.ops.convert_to_numpy(layer.kernel)
+        assert np.count_nonzero(kernel) == -(-kernel.size // 2)
+    model.compile(keras.optimizers.SGD(0.01), "mse")
+    loss = model.fit(np.ones((4, 8, 8, 3)), np.ones((4, 5)), epochs=1, verbose=0).history["loss"]
+    assert np.isfinite(loss).all()
+
+
+def check_saving_and_cloning():
+    model = network(sparsity=0.5, seed=1)
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype("float32")
+    with tempfile.TemporaryDirectory() as folder:
+        for suffix in (".keras", ".h5"):
+            path = os.path.join(folder, f"model{suffix}")
+            model.save(path)
+            loaded = keras.models.load_model(path)
+            np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5)
+            init = loaded.get_layer("dense").kernel_initializer
+            assert init.get_config() == model.get_layer("dense").kernel_initializer.get_config()
+    clone = keras.models.clone_model(model)
+    for copied, original in zip(clone.get_weights(), model.get_weights(), strict=True):
+        if copied.ndim > 1 and copied.shape != (3, 9):  # GRU's recurrent kernels are Keras's.
+            np.testing.assert_array_equal(copied, original)
+
+
+def check_copies_without_a_seed_differ():
+    layer = keras.layers.Bidirectional(keras.layers.GRU(3, kernel_initializer=SparseHeNormal()))
+    layer.build((None, 4, 5))
+    forward, backward = (
+        keras.ops.convert_to_numpy(part.cell.kernel) for part in (layer.forward_layer, layer.backward_layer)
+    )
+    assert (forward != backward).all()
+    attention = keras.layers.MultiHeadAttention(2, 4, kernel_initializer=SparseHeNormal())
+    attention(np.zeros((1, 3, 8), "float32"), np.zeros((1, 3, 8), "float32"))
+    query, key = (keras.ops.convert_to_numpy(getattr(attention, f"_{part}_dense").kernel) for part in ("query", "key"))
+    assert (query != key).all()
+
+
+def check_set_random_seed_is_followed():
+    def kernels(seed):
+        keras.utils.set_random_seed(seed)
+        return [keras.ops.convert_to_numpy(SparseHeNormal()((5, 4))) for _ in range(2)]
+
+    np.testing.assert_array_equal(kernels(1), kernels(1))
+    assert (kernels(1)[0] != kernels(1)[1]).all()
+    assert (kernels(1)[0] != kernels(2)[0]).all()
+
+
+def check_a_seed_generator_gives_new_values_at_each_call():
+    init = SparseHeNormal(seed=keras.random.SeedGenerator(4))
+    first, second = (keras.ops.convert_to_numpy(init((5, 4))) for _ in range(2))
+    assert (first != second).all()
+
+
+def check_stateless_functions_of_jax():
+    """Inside jax.jit, and of a mask without a value, which is an error."""
+    if keras.backend.backend() != "jax":
+        return
+    import jax
+
+    init = SparseHeNormal(seed=1)
+    expected = keras.ops.convert_to_numpy(init((30, 20), mask=MASK))
+    np.testing.assert_array_equal(jax.jit(lambda: init((30, 20), mask=MASK))(), expected)
+    try:
+        jax.jit(lambda mask: init((30, 20), mask=mask))(MASK)
+    except ValueError as error:
+        assert "`mask` must be an array that has a value" in str(error)
+    else:
+        raise AssertionError("a mask without a value passed")
+
+
+CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}
+
+
+def main() -> None:
+    """Every check's traceback, or an empty string."""
+    warnings.simplefilter("error", UserWarning)
+    result = {"backend": keras.backend.backend(), "digests": digests()}
+    for name, check in CHECKS.items():
+        try:
+            check()
+            result[name] = ""
+        except Exception:
+            result[name] = traceback.format_exc()
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The command line, the configs, and what gin may and may not change."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tf_keras
+
+from keras_sparse_init import SparseScaledInit, cli
+from keras_sparse_init._version import __version__
+from keras_sparse_init.sparse_model import masked_kernels
+from keras_sparse_init.training.configs import config_root, find_config
+from keras_sparse_init.training.gin_registry import make_job
+from keras_sparse_init.training.networks import lenet5
+
+_CONFIGS = sorted(path.relative_to(config_root()).as_posix() for path in config_root().rglob("*.gin"))
+
+
+def _python(*arguments, cwd):
+    """Runs Python as a user would: in a directory of their own, without the settings of the tests."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("TF_CPP")}
+    env["PYTHONPATH"] = str(Path(__file__).parents[1])
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def _bindings(*bindings):
+    return [argument for binding in bindings for argument in ("--gin_bindings", binding)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What a train command in an empty directory prints and leaves."""
+    directory = tmp_path_factory.mktemp("empty")
+    arguments = [*_bindings("STEPS=4", "train.log_every=2", "INIT='layer'"), "--output_dir", "out"]
+    process = _python("-m", "keras_sparse_init.cli", "train", *arguments, cwd=directory)
+    assert process.returncode == 0, process.stderr
+    return process, directory / "out"
+
+
+def test_help_imports_neither_tensorflow_nor_gin_nor_numpy(tmp_path):
+    script = """
+import sys
+from keras_sparse_init.cli import main
+for arguments in (["--help"], ["train", "--help"], ["report", "--help"], ["--version"]):
+    try:
+        main(arguments)
+    except SystemExit as exit:
+        assert not exit.code, exit
+heavy = {"absl", "gin", "keras", "numpy", "rich", "tensorflow", "tensorflow_model_optimization", "tf_keras"}
+print("HEAVY", sorted(heavy & set(sys.modules)))
+"""
+    process = _python("-c", script, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "HEAVY []" in process.stdout
+    assert "--gin_bindings" in process.stdout and __version__ in process.stdout
+
+
+def test_train_leaves_every_file_and_its_summary_says_what_was_bound(trained):
+    _, out = trained
+    names = {path.name for path in out.iterdir()}
+    assert names == {"operative_config.gin", "metrics.csv", "summary.json", "model.keras", "masks.npz"}
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["steps"], summary["init"], summary["network"], summary["seed"]) == (4, "layer", "lenet5", 0)
+    assert summary["sparsity"] == pytest.approx(0.95, abs=0.001)
+    assert 0 <= summary["test_accuracy"] <= 1 and summary["versions"]["keras_sparse_init"] == __version__
+
+
+def test_train_saves_exact_zeros_off_the_masks(trained):
+    _, out = trained
+    model = tf_keras.models.load_model(out / "model.keras")
+    with np.load(out / "masks.npz") as masks:
+        assert len(masks) == 5
+        for name, mask in masks.items():
+            kernel = model.get_layer(name.split("/")[0]).kernel.numpy()
+            assert np.all(kernel[mask == 0] == 0) and np.all(kernel[mask != 0] != 0)
+
+
+def test_train_prints_the_layers_the_accuracy_and_where_the_results_lie_and_no_log_of_tensorflow(trained):
+    process, out = trained
+    assert all(name in process.stdout for name in ("conv1", "conv2", "dense1", "dense2", "logits", "256x120"))
+    accuracy = json.loads((out / "summary.json").read_text())["test_accuracy"]
+    assert process.stdout.endswith(f"test accuracy {accuracy:.2%}\nresults in out\n")
+    # Nothing but a line for each row of metrics.csv: neither TensorFlow's log nor warnings.
+    assert [line.split("  ")[0] for line in process.stderr.splitlines()] == ["step 2/4", "step 4/4"]
+
+
+def test_the_operative_config_makes_the_same_job_again(trained):
+    _, out = trained
+    job, config = make_job([out / "operative_config.gin"])
+    assert config == (out / "operative_config.gin").read_text()
+    with np.load(out / "masks.npz") as masks:
+        for kernel in masked_kernels(job.model):
+            np.testing.assert_array_equal(kernel.mask, masks[kernel.name])
+
+
+def test_report_of_a_trained_run_has_its_numbers(trained, capsys):
+    _, out = trained
+    assert cli.main(["report", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "layer" in printed and "94.99%" in printed and "dense1" in printed and str(out) in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (_bindings("trian.steps=3"), "No configurable matching 'trian'.*line 1"),
+        (_bindings("train.stepz=3"), "'train' doesn't have a parameter named 'stepz'.*line 1"),
+        (_bindings("SPARSTY=0.9"), "Unknown name 'SPARSTY'.*BATCH, DATA, INIT.*SPARSITY"),
+        (_bindings("SPARSITY=%NOTHING"), "No value is given for %NOTHING"),
+        (_bindings("SPARSITY=0.9x"), "'SPARSITY=0.9x' has a value that cannot be read"),
+        (_bindings("METHOD=uniform"), "'METHOD=uniform' has a value that cannot be read; text needs quotes"),
+        (_bindings("SPARSITY"), "must have the form NAME=value"),
+        (_bindings("SPARSITY=1.0"), "`sparsity` must be .*1.0"),
+        (_bindings("SPARSITY=-0.1"), "`sparsity` must be .*-0.1"),
+        (_bindings("METHOD='fair'"), "`method` must be one of .*'fair'"),
+        (_bindings("INIT='units'"), "`granularity` must be one of .*'units'"),
+        (_bindings("STEPS=0"), "`steps` must be a positive integer"),
+        (_bindings("DATA='imagenet'"), "`data` must be one of 'digits' or the path of an .npz file"),
+        (_bindings("DATA='nowhere.npz'"), "No data file 'nowhere.npz'"),
+        (["--gin_file", "nowhere.gin"], "No gin file 'nowhere.gin' in .* packaged configs are lenet5/scratch.gin"),
+        (["--gin_file", "lenet5"], "No gin file 'lenet5' in"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *arguments, "--output_dir", "out"]) == 2
+    printed = capsys.readouterr()
+    assert re.match(f"keras-sparse-init: error: .*{message}", printed.err)
+    assert printed.err.count("\n") == 1 and not printed.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_in_a_file_names_the_file_and_the_line(tmp_path, capsys):
+    mine = tmp_path / "mine.gin"
+    for text, message in [
+        ("train.stepz = 4", 'stepz.*mine.gin", line 2'),
+        ("STEPS = 4 4", r"\(mine.gin, line 2\)"),
+        ('include "nowhere/scratch.gin"', 'Unable to open file: nowhere/scratch.gin.*mine.gin", line 2'),
+        ("import no_such_module", 'no_such_module.*mine.gin", line 2'),
+    ]:
+        mine.write_text(f'include "lenet5/scratch.gin"\n{text}\n')
+        assert cli.main(["train", "--gin_file", str(mine)]) == 2
+        printed = capsys.readouterr().err
+        assert re.search(message, printed) and printed.count("\n") == 1
+
+
+def test_an_output_directory_with_anything_in_it_is_refused(tmp_path, capsys):
+    (tmp_path / "precious").write_text("result")
+    assert cli.main(["train", "--gin_file", "lenet5/scratch.gin", "--output_dir", str(tmp_path)]) == 2
+    assert "not empty; results are never overwritten" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_report_of_what_is_no_run_is_one_clear_line(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "not the directory of a finished run" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_lost_is_one_line_and_exit_code_1(tmp_path, capsys):
+    arguments = ["--gin_file", "mlp/scratch.gin", *_bindings("LEARNING_RATE=1e30", "STEPS=50")]
+    assert cli.main(["train", *arguments, "--output_dir", str(tmp_path / "out")]) == 1
+    assert "error: The loss is" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_in_the_working_directory_comes_before_the_packaged_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("lenet5/scratch.gin") == config_root() / "lenet5" / "scratch.gin"
+    (tmp_path / "lenet5").mkdir()
+    (tmp_path / "lenet5" / "scratch.gin").write_text("")
+    assert find_config("lenet5/scratch.gin").resolve() == tmp_path / "lenet5" / "scratch.gin"
+
+
+def test_a_users_config_may_include_a_packaged_one_and_bindings_come_last(tmp_path):
+    mine = tmp_path / "mine.gin"
+    mine.write_text('include "mlp/scratch.gin"\nSPARSITY = 0.5\nSTEPS = 7\nmlp.hidden_sizes = (12,)\n')
+    job, _ = make_job([mine], ["STEPS=9"])
+    assert (job.network, job.steps) == ("mlp", 9)
+    assert job.table().total.sparsity == pytest.approx(0.5, abs=0.01)
+    assert job.model.count_params() > 0 and [row.shape for row in job.table().rows] == [(784, 12), (12, 10)]
+
+
+def test_bindings_change_no_plain_call():
+    make_job([find_config("lenet5/scratch.gin")], ["INIT='dense'", "lenet5.hidden_sizes=(1, 2, 3, 4)"])
+    assert SparseScaledInit().granularity == "unit" and SparseScaledInit().scale == 1.0
+    assert lenet5((28, 28, 1), 10).get_layer("conv1").filters == 6
+
+
+@pytest.mark.parametrize("name", _CONFIGS)
+def test_a_config_does_what_its_header_says(name):
+    header = (config_root() / name).read_text().split("\n\n")[0].splitlines()
+    assert all(line.startswith("#") for line in header)
+    claims = dict(re.findall(r"^# (Network|Sparsity|Steps): (\S+)", "\n".join(header), flags=re.MULTILINE))
+    job, config = make_job([config_root() / name])
+    assert job.network == claims["Network"] == name.split("/")[0]
+    assert job.experiment.name == name.split("/")[1].removesuffix(".gin")
+    assert job.experiment.sparsity == float(claims["Sparsity"].strip(","))
+    assert job.table().total.sparsity == pytest.approx(job.experiment.sparsity, abs=0.001)
+    assert job.steps == int(claims["Steps"]) and f"of {job.batch} images" in "\n".join(header)
+    macros = re.findall(r"^([A-Z_]+) =", config, flags=re.MULTILINE)
+    assert macros == ["BATCH", "DATA", "INIT", "LEARNING_RATE", "METHOD", "SEED", "SPARSITY", "STEPS"]
+    example = next(line for line in header if "keras-sparse-init train" in line).removeprefix("#")
+    arguments = cli._parser().parse_args(shlex.split(example)[1:])
+    assert arguments.gin_file == [name]
+    make_job([find_config(name)], arguments.gin_bindings)

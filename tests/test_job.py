@@ -1,0 +1,203 @@
+"""The training job as a library."""
+
+import csv
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import tf_keras
+
+from keras_sparse_init import SparseScaledInit
+from keras_sparse_init.sparse_model import masked_kernels
+from keras_sparse_init.training import Job, Scratch, make_data, mlp, train
+from keras_sparse_init.training.progress import Progress
+
+
+def _network(input_shape, classes):
+    return mlp(input_shape, classes, hidden_sizes=(20, 10), seed=0)
+
+
+def _settings(**changes):
+    return {"steps": 60, "batch": 16, "log_every": 20, "learning_rate": 0.1, "seed": 3} | changes
+
+
+def _rows(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Three classes that a small network can tell apart: each has one bright column."""
+    rng = np.random.default_rng(0)
+    y = np.arange(80) % 3
+    x = rng.uniform(0, 0.5, (80, 6, 6)).astype(np.float32)
+    x[np.arange(80), :, 2 * y] += 0.5
+    return make_data("columns", x[:60], y[:60], x[60:], y[60:])
+
+
+@pytest.fixture(scope="module")
+def result(data, tmp_path_factory):
+    return train(_network, data, Scratch(0.7), output_dir=tmp_path_factory.mktemp("run"), **_settings())
+
+
+def test_a_run_leaves_its_files_and_no_others(result):
+    names = {path.name for path in result.directory.iterdir()}
+    assert names == {"metrics.csv", "summary.json", "model.keras", "masks.npz"}
+
+
+def test_the_saved_weights_are_exactly_zero_where_the_masks_are_and_hardly_elsewhere(result):
+    saved = tf_keras.models.load_model(result.directory / "model.keras")
+    with np.load(result.directory / "masks.npz") as masks:
+        assert set(masks) == {"dense1/kernel", "dense2/kernel", "logits/kernel"}
+        for name, mask in masks.items():
+            kernel = saved.get_layer(name.split("/")[0]).kernel.numpy()
+            assert mask.shape == kernel.shape
+            assert np.all(kernel[mask == 0] == 0) and np.mean(kernel[mask != 0] != 0) > 0.99
+        size, nonzeros = (sum(count(mask) for mask in masks.values()) for count in (np.size, np.count_nonzero))
+    assert 1 - nonzeros / size == result.summary["sparsity"] == pytest.approx(0.7, abs=0.01)
+
+
+def test_the_saved_model_is_plain(result):
+    with zipfile.ZipFile(result.directory / "model.keras") as archive:
+        config = archive.read("config.json").decode()
+    assert "PruneLowMagnitude" not in config and "keras_sparse_init" not in config
+
+
+def test_the_saved_model_has_the_test_accuracy_of_the_summary(result, data):
+    saved = tf_keras.models.load_model(result.directory / "model.keras")
+    predicted = saved.predict(data.x_test, verbose=0).argmax(axis=1)
+    assert np.mean(predicted == data.y_test) == pytest.approx(result.summary["test_accuracy"])
+
+
+def test_training_learns(result):
+    assert result.summary["train_accuracy"] > 0.9 and result.summary["test_accuracy"] > 0.9
+
+
+def test_metrics_have_a_row_every_so_many_steps_and_end_with_the_summary(result):
+    rows = _rows(result.directory / "metrics.csv")
+    assert [int(row["step"]) for row in rows] == [20, 40, 60]
+    assert float(rows[-1]["loss"]) == result.summary["loss"] < float(rows[0]["loss"])
+    assert float(rows[-1]["test_accuracy"]) == pytest.approx(result.summary["test_accuracy"])
+
+
+def test_the_summary_says_what_was_run_and_with_what(result):
+    summary = json.loads((result.directory / "summary.json").read_text())
+    assert summary == json.loads(json.dumps(result.summary))
+    expected = {"network": "mlp", "experiment": "scratch", "init": "unit", "method": "erk", "data": "columns"}
+    assert expected.items() <= summary.items()
+    assert {"steps": 60, "batch": 16, "learning_rate": 0.1, "momentum": 0.9, "seed": 3}.items() <= summary.items()
+    assert summary["seconds"] > 0
+    assert [row["name"] for row in summary["table"]["rows"]] == ["dense1/kernel", "dense2/kernel", "logits/kernel"]
+    packages = ["keras", "keras_sparse_init", "numpy", "python", "tensorflow", "tf_keras", "tfmot"]
+    assert sorted(summary["versions"]) == packages and all(summary["versions"].values())
+
+
+def test_the_same_seed_gives_the_same_run_whatever_the_global_seeds(result, data, tmp_path):
+    np.random.seed(1)
+    tf_keras.utils.set_random_seed(5)
+    again = train(_network, data, Scratch(0.7), output_dir=tmp_path, **_settings())
+    for first, second in zip(result.model.get_weights(), again.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(first, second)
+    assert (tmp_path / "metrics.csv").read_text() == (result.directory / "metrics.csv").read_text()
+
+
+def test_a_job_changes_no_global_seed(data):
+    np.random.seed(7)
+    Job(_network, data, Scratch(0.7))
+    found = np.random.random()
+    np.random.seed(7)
+    assert found == np.random.random()
+
+
+def test_initializations_share_the_masks_and_differ_in_the_kernels(data):
+    models = {
+        init: masked_kernels(
+            Job(_network, data, Scratch(0.7, initializer=SparseScaledInit(2.0, granularity=init))).model
+        )
+        for init in ("unit", "layer", "dense")
+    }
+    for other in ("layer", "dense"):
+        for unit_kernel, other_kernel in zip(models["unit"], models[other], strict=True):
+            np.testing.assert_array_equal(unit_kernel.mask, other_kernel.mask)
+            dense = unit_kernel.mask.numpy().all()  # Where nothing is masked the three are the same.
+            assert np.array_equal(unit_kernel.kernel, other_kernel.kernel) == dense
+
+
+def test_masks_depend_on_the_seed(data):
+    first, second = (masked_kernels(Job(_network, data, Scratch(0.7), seed=seed).model) for seed in (0, 1))
+    assert not np.array_equal(first[0].mask, second[0].mask)
+
+
+def test_batches_are_epochs_of_all_images_without_a_break(data):
+    job = Job(_network, data, Scratch(0.7), **_settings(steps=15, batch=8))
+    batches = [x.numpy() for x, _ in job._batches()]
+    assert len(batches) == 15 and {len(batch) for batch in batches} == {8}
+    images = [image.tobytes() for image in np.concatenate(batches)]
+    everything = {image.tobytes() for image in data.x_train}
+    assert set(images[:60]) == set(images[60:120]) == everything
+    assert images[:60] != images[60:120]
+
+
+def test_a_model_of_the_users_own_is_trained(data, tmp_path):
+    inputs = tf_keras.Input((6, 6, 1))
+    flat = tf_keras.layers.Flatten()(inputs)
+    hidden = tf_keras.layers.Dense(9, activation="relu", name="hidden")(flat)
+    model = tf_keras.Model(inputs, tf_keras.layers.Dense(3, name="out")(hidden), name="mine")
+    result = train(model, data, Scratch(0.5, method="uniform"), output_dir=tmp_path, **_settings(steps=2))
+    assert result.summary["network"] == "mine"
+    assert [row["sparsity"] for row in result.summary["table"]["rows"]] == pytest.approx([0.5, 0.5], abs=0.02)
+
+
+def test_the_default_directory_says_what_the_run_is(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = train(_network, data, Scratch(0.75, method="uniform"), **_settings(steps=1))
+    assert result.directory.parent.name == "runs"
+    assert result.directory.name.startswith("mlp-scratch-unit-0.7") and "-seed3-2" in result.directory.name
+
+
+def test_a_directory_with_anything_in_it_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "precious").write_text("result")
+    with pytest.raises(FileExistsError, match="not empty; results are never overwritten"):
+        train(None, "no such data", output_dir=tmp_path)
+    with pytest.raises(FileExistsError, match="is a file"):
+        train(None, "no such data", output_dir=tmp_path / "precious")
+    assert (tmp_path / "precious").read_text() == "result"
+
+
+def test_a_loss_that_is_lost_stops_the_run_with_a_clear_error(data, tmp_path):
+    with pytest.raises(FloatingPointError, match="The loss is .* at step .*smaller learning rate"):
+        train(_network, data, Scratch(0.7), output_dir=tmp_path, **_settings(learning_rate=1e30))
+    assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "`steps` must be a positive integer"),
+        ({"steps": True}, "`steps` must be a positive integer"),
+        ({"batch": 1.5}, "`batch` must be a positive integer"),
+        ({"log_every": -1}, "`log_every` must be a positive integer"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be a positive number"),
+        ({"learning_rate": "fast"}, "`learning_rate` must be a positive number"),
+        ({"momentum": 1.0}, r"`momentum` must be in \[0, 1\)"),
+        ({"seed": -1}, "`seed` must be an integer of at least 0"),
+        ({"experiment": Scratch(1.0)}, "`sparsity` must be"),
+        ({"experiment": Scratch(0.5, method="fair")}, "`method` must be one of"),
+        ({"data": "imagenet"}, "`data` must be one of"),
+        ({"model": lambda shape, classes: mlp(shape, classes + 1)}, "one logit for each of the 3 classes of columns"),
+    ],
+)
+def test_settings_out_of_range_are_refused_with_the_reason(data, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Job(**{"model": _network, "data": data, "experiment": Scratch(0.7)} | changes)
+
+
+def test_rows_follow_the_executions_when_these_do_not_end_at_the_log_steps(tmp_path, capsys):
+    resets = []
+    with Progress(tmp_path / "m.csv", 110, 40, evaluate=lambda: 0.5, reset=lambda: resets.append(1)) as progress:
+        for step in (25, 50, 75, 100, 110):
+            progress.on_batch_end(step - 1, {"loss": 1.0 / step, "accuracy": 0.25})
+    rows = _rows(tmp_path / "m.csv")
+    assert [int(row["step"]) for row in rows] == [50, 100, 110] and len(resets) == 3
+    assert capsys.readouterr().err.count("\n") == 3  # No terminal: a line for each row.

@@ -1,0 +1,62 @@
+"""The networks of the training job."""
+
+import numpy as np
+import pytest
+
+from keras_sparse_init.training.networks import lenet5, mlp
+
+
+def _kernels(model):
+    return {layer.name: tuple(layer.kernel.shape) for layer in model.layers if hasattr(layer, "kernel")}
+
+
+def test_lenet5_has_the_layers_of_lenet5():
+    model = lenet5((28, 28, 1), 10)
+    assert _kernels(model) == {
+        "conv1": (5, 5, 1, 6),
+        "conv2": (5, 5, 6, 16),
+        "dense1": (256, 120),
+        "dense2": (120, 84),
+        "logits": (84, 10),
+    }
+    assert model.name == "lenet5" and model.output_shape == (None, 10)
+
+
+def test_mlp_has_a_layer_for_each_size_and_takes_images():
+    model = mlp((8, 8, 3), 4, hidden_sizes=(7, 6, 5))
+    assert _kernels(model) == {"dense1": (192, 7), "dense2": (7, 6), "dense3": (6, 5), "logits": (5, 4)}
+    assert model.name == "mlp" and model(np.zeros((2, 8, 8, 3), np.float32)).shape == (2, 4)
+
+
+def test_hidden_layers_use_the_activation_and_logits_are_linear():
+    for model in (lenet5((16, 16, 1), 3, activation="tanh"), mlp((16, 16, 1), 3, activation="tanh")):
+        activations = [layer.activation.__name__ for layer in model.layers if hasattr(layer, "kernel")]
+        assert set(activations[:-1]) == {"tanh"} and activations[-1] == "linear"
+
+
+def test_the_seed_determines_the_kernels_and_no_two_of_equal_shape_are_equal():
+    first, again, other = (mlp((3, 1, 1), 3, hidden_sizes=(3, 3), seed=seed).get_weights()[::2] for seed in (1, 1, 2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not np.array_equal(first[0], first[1]) and not np.array_equal(first[1], first[2])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: lenet5((15, 28, 1), 10), r"at least 16x16 pixels.*\(15, 28, 1\)"),
+        (lambda: lenet5((28, 28), 10), "`input_shape` must be 3 positive integers"),
+        (lambda: lenet5((28, 28, 1), 10, hidden_sizes=(6, 16)), "`hidden_sizes` must be 4 positive integers"),
+        (lambda: lenet5((28, 28, 1), 0), "`classes` must be a positive integer.*classes=0"),
+        (lambda: mlp((28, 28, 1), 10, hidden_sizes=(300, 0)), "`hidden_sizes` must be positive integers"),
+        (lambda: mlp((28, 28, 1), 10, hidden_sizes=(30.5,)), "`hidden_sizes` must be positive integers"),
+        (lambda: mlp((28, 28, 1), 10, hidden_sizes=()), "`hidden_sizes` must be positive integers"),
+    ],
+)
+def test_sizes_that_make_no_network_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_smallest_image_of_lenet5_passes():
+    assert lenet5((16, 16, 1), 2).output_shape == (None, 2)
