@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 import tf_keras
+from keras.src.backend import AutocastScope  # Not public anywhere.
 
 PACKAGE = "keras_sparse_init"
 
@@ -257,6 +258,16 @@ def masked(values: Any, mask: np.ndarray) -> Any:
     if isinstance(values, tf.Tensor):
         return tf.where(mask, values, tf.zeros_like(values))
     return keras.ops.where(mask, values, keras.ops.zeros_like(values))
+
+
+def masked_kernel(layer: Any, kernel: Any, mask: Any) -> Any:
+    """kernel * mask as a tensor, in the dtype in which the layer would read its kernel inside its call."""
+    if isinstance(kernel, tf.Variable):
+        # The policy of the layer that is being called casts variables; the one of this layer may be another.
+        product = getattr(kernel, "_variable", kernel) * getattr(mask, "_variable", mask)
+        return tf.cast(product, layer.compute_dtype) if hasattr(kernel, "_variable") else product
+    with AutocastScope(layer.compute_dtype if layer.autocast else None):
+        return kernel * mask
 
 
 def is_variable(value: Any) -> bool:

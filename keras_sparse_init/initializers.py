@@ -94,7 +94,8 @@ class SparseScaledInit(compat.Initializer):
             raise ValueError(
                 f"Give either `mask` or `sparsity`, not both. Received: mask={mask!r}, sparsity={sparsity}"
             )
-        self.mask = _mask_argument(mask)
+        mask = _mask_argument(mask)
+        self.mask = mask.copy() if isinstance(mask, np.ndarray) else mask  # Its owner may go on to change it.
         self.sparsity = None if sparsity is None else masks.Random(sparsity).sparsity
         self.kernel_layout = _layout_argument(kernel_layout)
         # The seed as given goes into the config: clones of an unseeded initializer (Bidirectional, MultiHeadAttention)

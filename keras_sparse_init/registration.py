@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.abc
-import importlib.util
 import sys
 from types import ModuleType
 from typing import Any
@@ -94,13 +93,15 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         """The module's own spec, whose loader registers when it is done."""
         if name not in self.waiting:
             return None
-        self.waiting.discard(name)
-        spec = importlib.util.find_spec(name)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target)) is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
+                # Only now: TensorFlow looks for tf_keras when it is imported, without importing it.
+                self.waiting.discard(name)
                 register(name)
 
             spec.loader.exec_module = exec_module

@@ -181,15 +181,20 @@ class UpdatePruningStep(tf_keras.callbacks.Callback):
     def __init__(self) -> None:
         super().__init__()
         self._steps: dict[int, tf.Tensor] = {}
+        self._builds = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Starts the steps of a new model at 0 and prepares its train function."""
-        for wrapper in self._wrappers():
+        found = self._wrappers()
+        # Decided here, not where the first replica has built the layers when the others are traced.
+        self._builds = not all(wrapper.built for wrapper in found)
+        for wrapper in found:
             if wrapper.built and int(tf.convert_to_tensor(wrapper.pruning_step)) < 0:
                 wrapper.pruning_step.assign(0)
         model = self.model
         # One that a `fit` broken off by an exception has left behind.
-        vars(model).pop("train_step", None) if _counts_steps(model.train_step) else None
+        if _counts_steps(model.train_step):
+            del model.train_step
         model.train_step = self._counting(model.train_step)
         if getattr(model, "train_function", None) is not None and not _counts_steps(model.train_function):
             _mark(model.make_train_function(force=True))
@@ -214,10 +219,9 @@ class UpdatePruningStep(tf_keras.callbacks.Callback):
 
     def _counting(self, train_step: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def counting(data: Any) -> Any:
-            found = self._wrappers()
-            if not all(wrapper.built for wrapper in found):
+            if self._builds and not (tf.executing_eagerly() and all(wrapper.built for wrapper in self._wrappers())):
                 self.model(tf_keras.utils.unpack_x_y_sample_weight(data)[0], training=False)
-                found = [wrapper for wrapper in found if wrapper.built]
+            found = [wrapper for wrapper in self._wrappers() if wrapper.built]
             steps = {}
             for wrapper in found:
                 _fix_precision(wrapper)

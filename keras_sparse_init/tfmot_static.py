@@ -126,21 +126,20 @@ class StaticPruneLowMagnitude(PruneLowMagnitude):
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped layer on `inputs` and whatever else it takes."""
+        # Keras keeps track of tensors that are passed by name.
+        kwargs.update(zip(list(inspect.signature(self.layer.call).parameters)[1:], args, strict=False))
         if not self.built:
             # What `MultiHeadAttention` attends to decides on the shapes of its kernels.
-            named = {**dict(zip(("value", "key"), args, strict=False)), **kwargs}
-            shapes = {
-                name: compat.shape_of(named[name]) for name in ("value", "key") if hasattr(named.get(name), "shape")
-            }
-            object.__setattr__(self, "_call_shapes", shapes)
-        return super().__call__(inputs, *args, **kwargs)
+            found = {name: kwargs[name] for name in ("value", "key") if hasattr(kwargs.get(name), "shape")}
+            object.__setattr__(self, "_call_shapes", compat.shape_of(found))
+        return super().__call__(inputs, **kwargs)
 
-    def call(self, inputs: Any, *args: Any, training: Any = None, mask: Any = None, **kwargs: Any) -> Any:
+    def call(self, inputs: Any, training: Any = None, mask: Any = None, **kwargs: Any) -> Any:
         """Masks the kernels and calls the layer with those of the arguments that it takes."""
         self.pruning_obj.weight_mask_op()
         accepted = inspect.signature(self.layer.call).parameters
         kwargs.update({k: v for k, v in {"training": training, "mask": mask}.items() if k in accepted})
-        outputs = self.layer(inputs, *args, **kwargs)
+        outputs = self.layer(inputs, **kwargs)
         if isinstance(self.layer, tf_keras.layers.Embedding) and isinstance(outputs, tf.Tensor):
             # Its gradient must be masked instead: some optimizers allow no constraint where gradients are sparse.
             rows = tf.gather(self.pruning_obj._pruning_vars[0][1], tf.cast(inputs, tf.int32))

@@ -23,9 +23,7 @@ from keras_sparse_init.fans import kernel_layout
 
 MASK = np.random.default_rng(0).random((30, 20)) < 0.3
 
-INITIALIZERS = [
-    getattr(keras_sparse_init, name) for name in keras_sparse_init.__all__ if name.startswith("Sparse")
-]
+INITIALIZERS = [getattr(keras_sparse_init, name) for name in keras_sparse_init.__all__ if name.startswith("Sparse")]
 
 
 def digests() -> list[str]:

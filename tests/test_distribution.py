@@ -70,6 +70,18 @@ def test_the_values_are_those_without_a_strategy(strategy, library):
 
 
 @either_keras
+def test_a_kernel_large_enough_to_share_its_memory_reaches_all_replicas(strategy, library):
+    init = SparseHeNormal(sparsity=0.5, seed=1)
+    with strategy.scope():
+        layer = library.layers.Dense(1000, kernel_initializer=init)
+        layer.build((None, 600))
+    expected = init((600, 1000)).numpy()
+    assert expected.nbytes > 2**20
+    for values in replicas(layer.kernel):
+        np.testing.assert_array_equal(values, expected)
+
+
+@either_keras
 def test_without_a_seed_values_under_a_strategy_follow_set_random_seed(strategy, library):
     def kernels():
         library.utils.set_random_seed(3)

@@ -107,7 +107,9 @@ def test_half_types_are_float32_values_cast(dtype, distribution, density):
 @pytest.mark.parametrize("varies", ["nowhere", "columns", "rows", "both", "an inner axis"])
 @pytest.mark.parametrize("density", [None, 0.9, 0.3])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("shape", [(30, 20), (3, 1, 30, 20), (1, 20), (30, 1), MANY_BLOCKS, (2, 2, *MANY_BLOCKS[:1], 300)])
+@pytest.mark.parametrize(
+    "shape", [(30, 20), (3, 1, 30, 20), (1, 20), (30, 1), MANY_BLOCKS, (2, 2, *MANY_BLOCKS[:1], 300)]
+)
 def test_each_weight_is_multiplied_by_its_own_std(varies, density, dtype, shape):
     std = std_of(varies, shape)
     mask = None if density is None else random_mask(shape, density)

@@ -172,7 +172,11 @@ def test_fans_below_1_count_as_1():
 
 @pytest.mark.parametrize(
     ("layout", "shape", "axes"),
-    [("conv", (3, 3, 5, 4), (0, 1, 2)), ("conv_transpose", (3, 3, 5, 4), (0, 1, 3)), ("depthwise", (3, 3, 5, 2), (0, 1))],
+    [
+        ("conv", (3, 3, 5, 4), (0, 1, 2)),
+        ("conv_transpose", (3, 3, 5, 4), (0, 1, 3)),
+        ("depthwise", (3, 3, 5, 2), (0, 1)),
+    ],
 )
 def test_unit_std_follows_the_layout(layout, shape, axes):
     mask = np.random.default_rng(0).random(shape) < 0.3

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MethodType
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
 from keras_sparse_init import compat, fans, masks
 from keras_sparse_init.initializers import deserialize_rule, serialize_rule
@@ -24,6 +27,7 @@ class _Slot(NamedTuple):
     name: str
     owner: Any
     attribute: str
+    kernel: Any
     mask: Any
 
 
@@ -70,7 +74,7 @@ class Masked(MaskWrapper):
 
     _library: Any = None
 
-    def __new__(cls, layer: Any, *args: Any, **kwargs: Any) -> Masked:
+    def __new__(cls, layer: Any = None, *args: Any, **kwargs: Any) -> Masked:
         """An instance of the class for the layer's Keras."""
         if cls is Masked:
             cls = _CLASSES[compat.library_of(layer)]
@@ -92,10 +96,13 @@ class Masked(MaskWrapper):
         if isinstance(mask, str | type):
             raise ValueError(f"`mask` must be a rule, an array or a mapping of them. Received: mask={mask!r}")
         kwargs.setdefault("name", f"masked_{layer.name}")
-        # The product kernel * mask is taken under this layer's policy, so it must be the wrapped layer's.
+        # Otherwise inputs would be cast to the global policy's dtype before the wrapped layer sees them.
         kwargs.setdefault("dtype", compat.dtype_policy(layer))
+        # Both Kerases look at the arguments of `call`, before the end of `__init__`, for what to pass to it.
+        object.__setattr__(self, "call", MethodType(_call_with_arguments_of(layer), self))
         super().__init__(layer, **kwargs)
-        self.supports_masking = True
+        self.supports_masking = layer.supports_masking
+        self.stateful = getattr(layer, "stateful", False)
         self.seed = None if seed is None else check_seed(seed)
         self.weight_names = None if weight_names is None else list(weight_names)
         given = masks.Random(sparsity) if sparsity is not None else mask
@@ -104,6 +111,7 @@ class Masked(MaskWrapper):
         object.__setattr__(self, "_slots", [])
         object.__setattr__(self, "_call_shapes", {})
         object.__setattr__(self, "_built_with", None)
+        object.__setattr__(self, "_one_thread", _Lock())
 
     def kernels_and_masks(self) -> list[tuple[Any, Any]]:
         """The masked kernels' variables, each with its mask's variable, in the order of the layer's kernels.
@@ -112,7 +120,7 @@ class Masked(MaskWrapper):
             ValueError: When the layer is not built.
         """
         self._require_built()
-        return [(vars(slot.owner)[slot.attribute], slot.mask) for slot in self._slots]
+        return [(slot.kernel, slot.mask) for slot in self._slots]
 
     def build(self, input_shape: Any = None) -> None:
         """Builds the wrapped layer, then its masks."""
@@ -129,10 +137,7 @@ class Masked(MaskWrapper):
 
     def _build_masks(self, fresh: bool) -> None:
         if any(getattr(layer, "lora_enabled", False) for layer in _with_layers_below(self.layer)):
-            raise ValueError(
-                f"LoRA is enabled on {self.layer.name!r}: the layer adds to its kernel what no mask reaches. "
-                "Merge it first, by saving and loading the layer's weights"
-            )
+            raise ValueError(_LORA.format(self.layer.name))
         found = kernels_of(self.layer, self.weight_names)
         if not found:
             wanted = self.weight_names or "kernel, recurrent_kernel, depthwise_kernel, pointwise_kernel, embeddings"
@@ -148,8 +153,7 @@ class Masked(MaskWrapper):
                 value = self._mask_value(name, value, shape, layout, base)
                 if not compat.is_restored(kernel):
                     self._draw(name, owner, attribute, kernel, value, layout, base, fresh)
-            slot = _Slot(name, owner, attribute, self._add_mask(name, kernel, value))
-            self._slots.append(slot)
+            self._slots.append(_Slot(name, owner, attribute, kernel, self._add_mask(name, kernel, value)))
 
     def _add_mask(self, name: str, kernel: Any, value: np.ndarray | None) -> Any:
         dtype = compat.true_dtype(kernel)
@@ -220,40 +224,34 @@ class Masked(MaskWrapper):
         values = initializer.draw(mask.shape, compat.true_dtype(kernel), mask, layout, seed)
         compat.initialize(kernel, lambda shape, dtype: compat.to_tensor(values, dtype))
 
-    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Calls the wrapped layer on `inputs` and whatever else it takes."""
-        parameters = list(inspect.signature(self.layer.call).parameters)
-        # Both Kerases keep track of tensors that are passed by name.
-        kwargs.update(zip(parameters[1:], args, strict=False))
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the wrapped layer on its inputs and whatever else it takes."""
+        names = _positional_names(self.layer)
+        if len(args) <= len(names):
+            # Some layers of tf_keras take positional arguments in another order than their `call`.
+            args, kwargs = args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
         if not self.built:
-            shapes = {parameters[0]: compat.shape_of(inputs)} if parameters else {}
-            shapes.update({key: compat.shape_of(value) for key, value in kwargs.items() if hasattr(value, "shape")})
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            shapes = {name: compat.shape_of(value) for name, value in given.items() if hasattr(value, "shape")}
             object.__setattr__(self, "_call_shapes", shapes)
-        return super().__call__(inputs, **kwargs)
-
-    def call(self, inputs: Any, **kwargs: Any) -> Any:
-        """The wrapped layer's output with its kernels masked."""
-        accepted = inspect.signature(self.layer.call).parameters
-        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-        for name in ("training", "mask"):
-            # Keras offers both to every layer whose call takes keyword arguments.
-            if name in kwargs and not takes_all and name not in accepted:
-                del kwargs[name]
-        with self._masked_kernels():
-            return self.layer(inputs, **kwargs)
+        return super().__call__(*args, **kwargs)
 
     @contextlib.contextmanager
     def _masked_kernels(self) -> Iterator[None]:
         """The wrapped layer reads kernel * mask where its kernel variables are."""
-        originals = [(slot, vars(slot.owner)[slot.attribute]) for slot in self._slots]
-        try:
-            for slot, kernel in originals:
-                # Past Keras's tracking: for it the attribute never changes.
-                object.__setattr__(slot.owner, slot.attribute, kernel * slot.mask)
-            yield
-        finally:
-            for slot, kernel in originals:
-                object.__setattr__(slot.owner, slot.attribute, kernel)
+        # One thread at a time, but for replicas: each waits for the others in the middle of its call.
+        with contextlib.nullcontext() if tf.distribute.has_strategy() else self._one_thread:
+            for slot in self._slots:
+                self._require_unchanged(slot)
+            try:
+                for slot in self._slots:
+                    # Past Keras's tracking: for it the attribute never changes.
+                    product = compat.masked_kernel(slot.owner, slot.kernel, slot.mask)
+                    object.__setattr__(slot.owner, slot.attribute, product)
+                yield
+            finally:
+                for slot in self._slots:
+                    object.__setattr__(slot.owner, slot.attribute, slot.kernel)
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
         """The wrapped layer's timestep mask."""
@@ -298,12 +296,68 @@ class Masked(MaskWrapper):
             mask = _mask_from_config(mask)
         return cls(layer, mask=mask, **config)
 
+    def _require_unchanged(self, slot: _Slot) -> None:
+        if getattr(slot.owner, "lora_enabled", False):
+            raise ValueError(_LORA.format(slot.owner.name))
+        current = vars(slot.owner).get(slot.attribute)
+        # Another replica's product may stand there.
+        if current is None or (compat.is_variable(current) and current is not slot.kernel):
+            raise ValueError(
+                f"The layer {slot.owner.name!r} no longer has the kernel {slot.name!r} that is masked. Quantize and "
+                "convert layers before they are wrapped in `Masked`, or after `strip`"
+            )
+
     def _require_built(self) -> None:
         if not self.built:
             raise ValueError(
                 f"The layer {self.name!r} has no mask yet because it is not built. Build the model first: call it on "
                 "data, call `model.build(input_shape)`, or give the first layer an input shape."
             )
+
+
+_LORA = (
+    "LoRA is enabled on {!r}: the layer adds to its kernel what no mask reaches. Merge it first, by saving and loading "
+    "the layer's weights"
+)
+
+
+class _Lock:
+    """A reentrant lock; a copy of a layer has one of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Lock:
+        return _Lock()
+
+
+def _call_with_arguments_of(layer: Any) -> Callable[..., Any]:
+    """The method `call` of a `Masked`, which has the arguments of the wrapped layer's."""
+
+    def call(self: Masked, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped layer's output with its kernels masked."""
+        with self._masked_kernels():
+            return self.layer(*args, **kwargs)
+
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    call.__signature__ = inspect.Signature([itself, *inspect.signature(layer.call).parameters.values()])
+    return call
+
+
+def _positional_names(layer: Any) -> list[str]:
+    """Names of what a layer can be called with, in order."""
+    for function in (layer.__call__, layer.call):
+        parameters = inspect.signature(function).parameters.values()
+        names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        if names:
+            return names
+    return []
 
 
 def _with_layers_below(layer: Any) -> list[Any]:
