@@ -7,13 +7,13 @@ how many threads there are. NumPy draws and computes without the interpreter's l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-_THREADS = 2
+from keras_sparse_init.arguments import check_seed
+from keras_sparse_init.blocks import map_blocks
+
 _BLOCK = 2**20
 # The longest column that is filled entry by entry, vectorised over the columns; counts must fit in 8 bits.
 _SHORT = 255
@@ -71,7 +71,7 @@ def _select(mask: np.ndarray, k: int, seed: Any) -> None:
             needed -= row
 
     parts = _parts(columns, n)
-    _map(fill, parts, _generators(seed, len(parts)))
+    map_blocks(fill, parts, _generators(seed, len(parts)))
 
 
 def _draw_and_top_up(mask: np.ndarray, k: int, seed: Any) -> None:
@@ -105,9 +105,9 @@ def _draw_and_top_up(mask: np.ndarray, k: int, seed: Any) -> None:
 
     row_parts, column_parts = _parts(n, columns), _parts(columns, n)
     generators = _generators(seed, len(row_parts) + len(column_parts))
-    lacking = k - sum(_map(draw, row_parts, generators[: len(row_parts)]))
+    lacking = k - sum(map_blocks(draw, row_parts, generators[: len(row_parts)]))
     entries = mask.reshape(-1)
-    _map(top_up, column_parts, generators[len(row_parts) :])
+    map_blocks(top_up, column_parts, generators[len(row_parts) :])
 
 
 def _parts(length: int, width: int) -> list[slice]:
@@ -121,17 +121,5 @@ def _random_bytes(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _generators(seed: Any, count: int) -> list[np.random.Generator]:
-    if isinstance(seed, bool | np.bool_) or not isinstance(seed, int | np.integer):
-        raise TypeError(f"`seed` must be a non-negative int. Received: seed={seed!r} of type {type(seed).__name__}")
-    if seed < 0:
-        raise ValueError(f"`seed` must be a non-negative int. Received: seed={seed}")
-    root = np.random.SeedSequence(int(seed), spawn_key=_SPAWN_KEY)
+    root = np.random.SeedSequence(check_seed(seed), spawn_key=_SPAWN_KEY)
     return [np.random.Generator(np.random.SFC64(child)) for child in root.spawn(count)]
-
-
-def _map(function: Callable[..., Any], *arguments: list[Any]) -> list[Any]:
-    """The function of each tuple of arguments, on threads when there is more than one."""
-    if len(arguments[0]) == 1:
-        return list(map(function, *arguments))
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(function, *arguments))

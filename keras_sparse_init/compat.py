@@ -261,7 +261,7 @@ def masked(values: Any, mask: np.ndarray) -> Any:
 
 
 def masked_kernel(layer: Any, kernel: Any, mask: Any) -> Any:
-    """kernel * mask as a tensor, in the dtype in which the layer would read its kernel inside its call."""
+    """Kernel * mask as a tensor, in the dtype in which the layer would read its kernel inside its call."""
     if isinstance(kernel, tf.Variable):
         # The policy of the layer that is being called casts variables; the one of this layer may be another.
         product = getattr(kernel, "_variable", kernel) * getattr(mask, "_variable", mask)

@@ -7,34 +7,16 @@ its budget of nonzeros. Public as `masks.layer_sparsities`. Pure Python: no arra
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from keras_sparse_init.arguments import check_sparsity
 from keras_sparse_init.fans import check_shape
 
 SparsityMethod = Literal["erk", "er", "uniform", "uniform_plus", "igq"]
 
 # The sparsest that Gale et al. let the last dense layer be.
 _LAST_DENSE_SPARSITY = 0.8
-
-
-def check_sparsity(sparsity: Any, name: str = "sparsity") -> float:
-    """The sparsity as a Python float, or a ValueError that names it.
-
-    Args:
-        sparsity: A real number in [0, 1).
-        name: What the error calls it.
-
-    Returns:
-        The same number as a float.
-
-    Raises:
-        ValueError: When it is not a number in [0, 1) (NaN and booleans are not).
-    """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real) or not 0 <= sparsity < 1:
-        raise ValueError(f"`{name}` must be a float in [0, 1). Received: {name}={sparsity!r}")
-    return float(sparsity)
 
 
 def layer_sparsities(

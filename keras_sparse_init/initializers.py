@@ -9,15 +9,13 @@ import keras
 import numpy as np
 
 from keras_sparse_init import compat, fans, masks
-from keras_sparse_init.sampling import DISTRIBUTIONS, Distribution, check_seed, derive_seed, sample
+from keras_sparse_init.arguments import check_choice, check_finite, check_positive, check_seed
+from keras_sparse_init.sampling import DISTRIBUTIONS, Distribution, derive_seed, sample
 from keras_sparse_init.variance import (
     GRANULARITIES,
     MODES,
     Granularity,
     Mode,
-    check_choice,
-    check_finite,
-    check_positive,
     weight_std,
 )
 
@@ -146,7 +144,7 @@ class SparseScaledInit(compat.Initializer):
         layout = fans.kernel_layout(self.kernel_layout if kernel_layout is None else kernel_layout, shape)
         mask = self._own_mask() if mask is None else _mask_argument(mask)
         if callable(mask):
-            mask = compat.to_numpy("mask", mask(shape, derive_seed(seed, "mask"), layout))
+            mask = compat.to_numpy("mask", masks.draw(mask, shape, derive_seed(seed, "mask"), layout))
         if mask is not None:
             mask = fans.as_mask(mask, shape)
         std = weight_std(shape, mask, layout, self.scale, self.mode, self.granularity)

@@ -9,13 +9,15 @@ imported.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from typing import Any, Literal, Self
 
 import numpy as np
 
+from keras_sparse_init.arguments import check_sparsity
 from keras_sparse_init.choose import choose
-from keras_sparse_init.densities import SparsityMethod, check_sparsity, layer_sparsities
+from keras_sparse_init.densities import SparsityMethod, layer_sparsities
 from keras_sparse_init.fans import check_shape, kernel_layout
 
 __all__ = [
@@ -26,9 +28,9 @@ __all__ = [
     "Random",
     "SparsityMethod",
     "block_mask",
-    "check_sparsity",
     "constant_fan_in_mask",
     "deserialize",
+    "draw",
     "layer_sparsities",
     "nm_mask",
     "random_mask",
@@ -363,6 +365,27 @@ class Block(MaskRule):
 
 
 _RULES = {rule.__name__: rule for rule in (Random, ConstantFanIn, NM, Block)}
+
+
+def draw(rule: Any, shape: tuple[int, ...], seed: int, kernel_layout: Any) -> Any:
+    """The mask of a rule, or of any function of (shape, seed); it gets the layout too when it takes a third argument.
+
+    Args:
+        rule: Called as `rule(shape, seed)` or `rule(shape, seed, kernel_layout)`.
+        shape: The kernel's shape.
+        seed: Non-negative int.
+        kernel_layout: The kernel's layout.
+
+    Returns:
+        What the rule returns.
+    """
+    if isinstance(rule, MaskRule):
+        return rule(shape, seed, kernel_layout)
+    try:
+        inspect.signature(rule).bind(shape, seed, kernel_layout)
+    except TypeError:
+        return rule(shape, seed)
+    return rule(shape, seed, kernel_layout)
 
 
 def serialize(rule: MaskRule) -> dict[str, Any]:

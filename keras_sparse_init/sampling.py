@@ -114,15 +114,6 @@ def derive_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest[:4], "little") >> 1
 
 
-def check_seed(seed: Any) -> int:
-    """`seed` as an int when it is a non-negative integer; an error that names it when not."""
-    if isinstance(seed, bool | np.bool_) or not isinstance(seed, int | np.integer):
-        raise TypeError(f"`seed` must be a non-negative int. Received: seed={seed!r} of type {type(seed).__name__}")
-    if seed < 0:
-        raise ValueError(f"`seed` must be a non-negative int. Received: seed={seed}")
-    return int(seed)
-
-
 def _draw(rng: np.random.Generator, out: np.ndarray, distribution: str) -> None:
     """Fills a vector with values of mean 0 and variance 1."""
     if distribution == "uniform":

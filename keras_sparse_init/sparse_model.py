@@ -10,11 +10,11 @@ from typing import Any, Literal
 import numpy as np
 
 from keras_sparse_init import compat, fans, masks, tfmot, traversal
+from keras_sparse_init.arguments import check_choice, check_seed, check_sparsity
 from keras_sparse_init.masked_kernel import MaskedKernel, masked_kernels
 from keras_sparse_init.matching import mask_aware, unaware
-from keras_sparse_init.sampling import check_seed, derive_seed
+from keras_sparse_init.sampling import derive_seed
 from keras_sparse_init.table import SparsityRow, SparsityTable
-from keras_sparse_init.variance import check_choice
 
 
 def set_masks(model: Any, masks_or_rule: Any, seed: int | None = None) -> None:
@@ -45,7 +45,7 @@ def set_masks(model: Any, masks_or_rule: Any, seed: int | None = None) -> None:
     for kernel, mask in _pair(kernels, masks_or_rule):
         try:
             if callable(mask) and not isinstance(mask, type):
-                mask = mask(kernel.shape, derive_seed(base, f"{kernel.seed_name}/mask"), kernel.layout)
+                mask = masks.draw(mask, kernel.shape, derive_seed(base, f"{kernel.seed_name}/mask"), kernel.layout)
             assigned.append((kernel, fans.as_mask(compat.to_numpy("mask", mask), kernel.shape)))
         except (ValueError, TypeError) as error:
             raise type(error)(f"The mask of {kernel.name!r} cannot be set: {error}") from None
@@ -174,7 +174,7 @@ def sparsify(
         >>> sparsity_table(model).total.nonzeros
         11760
     """
-    masks.check_sparsity(sparsity)
+    check_sparsity(sparsity)
     check_choice("wrapper", wrapper, ("tfmot",))
     if compat.library_of(model) is not compat.tf_keras:
         raise TypeError(f"`wrapper='tfmot'` needs a tf_keras model. Received: {type(model).__name__} of Keras 3")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from keras_sparse_init.arguments import check_choice, check_finite, check_positive
 from keras_sparse_init.fans import KernelLayout, as_mask, check_shape, dense_fans, fan_in, fan_out, fans
 
 Mode = Literal["fan_in", "fan_out", "fan_avg"]
@@ -150,26 +151,3 @@ def weight_std(
     else:
         fan = fan_in(mask, layout) if mode == "fan_in" else fan_out(mask, layout)
     return np.sqrt(scale / np.maximum(fan, 1.0))
-
-
-def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
-    """`value` when it is one of `allowed`; a ValueError that names the argument when not."""
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}. Received: {name}={value!r}")
-    return value
-
-
-def check_finite(name: str, value: Any) -> float:
-    """`value` as a float when it is a finite real number; a ValueError that names the argument when not."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
-        raise ValueError(f"`{name}` must be a finite float. Received: {name}={value!r}")
-    return float(value)
-
-
-def check_positive(name: str, value: Any) -> float:
-    """`value` as a float when it is finite and above 0; a ValueError that names the argument when not."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number):
-        raise ValueError(f"`{name}` must be a positive float. Received: {name}={value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"`{name}` must be a positive float. Received: {name}={value}")
-    return float(value)

@@ -13,6 +13,7 @@ PACKAGE = Path(keras_sparse_init.__file__).parent
 ORDER = (
     "_version",
     "registration",
+    "arguments",
     "blocks",
     "fans",
     "variance",

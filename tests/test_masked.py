@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from masked_layers import CASES, arguments, masked_case, number
-
-from keras_sparse_init import Masked, masked_kernels
+from masked_layers import CASES, arguments, masked_case
 
 either_keras = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
 

@@ -6,13 +6,14 @@ import pickle
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from statistics import NormalDist
 
 import numpy as np
 import pytest
 
+from keras_sparse_init import blocks, masks
 from keras_sparse_init import choose as choose_module
-from keras_sparse_init import masks
 from keras_sparse_init.choose import choose
 from keras_sparse_init.fans import KernelLayout, fans, kernel_layout
 from keras_sparse_init.sampling import sample
@@ -290,6 +291,26 @@ def test_masks_share_no_random_words_with_kernels_drawn_from_the_same_seed():
         assert abs(drawn[kept].mean() - drawn[~kept].mean()) < normal_bound(5) * error
 
 
+# Rules of one's own
+
+
+def test_a_rule_of_ones_own_is_called_with_the_layout_only_if_it_takes_one():
+    layout = kernel_layout("dense", (4, 2))
+
+    def plain(shape, seed):
+        return shape, seed
+
+    def aware(shape, seed, kernel_layout=None):
+        return shape, seed, kernel_layout
+
+    assert masks.draw(plain, (4, 2), 3, layout) == ((4, 2), 3)
+    assert masks.draw(aware, (4, 2), 3, layout) == ((4, 2), 3, layout)
+    assert masks.draw(lambda *args: args, (4, 2), 3, layout) == ((4, 2), 3, layout)
+    np.testing.assert_array_equal(
+        masks.draw(masks.NM(1, 2), (4, 2), 3, layout), masks.nm_mask((4, 2), 1, 2, 3, kernel_layout=layout)
+    )
+
+
 # Determinism
 
 
@@ -301,7 +322,7 @@ def digest(mask):
 def test_the_number_of_threads_changes_no_bit(rule, monkeypatch):
     digests = set()
     for threads in (1, 2, 5):
-        monkeypatch.setattr(choose_module, "_THREADS", threads)
+        monkeypatch.setattr(blocks, "_pool", lambda threads=threads: ThreadPoolExecutor(threads))
         digests.add(digest(rule((1600, 2000), 11)))
     assert len(digests) == 1
 

@@ -8,8 +8,9 @@ import pytest
 from statistical import LIMIT, assert_distribution, assert_mean_0_and_variance_1, assert_uncorrelated
 
 from keras_sparse_init import sampling
+from keras_sparse_init.arguments import check_seed
 from keras_sparse_init.blocks import BLOCK_SIZE, map_blocks, row_blocks
-from keras_sparse_init.sampling import DISTRIBUTIONS, check_seed, derive_seed, sample
+from keras_sparse_init.sampling import DISTRIBUTIONS, derive_seed, sample
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 

@@ -11,7 +11,8 @@ import tf_keras
 from scipy import special
 
 from keras_sparse_init import gain
-from keras_sparse_init.variance import check_finite, check_positive, weight_std
+from keras_sparse_init.arguments import check_finite, check_positive
+from keras_sparse_init.variance import weight_std
 
 MASK = np.array([[1, 0, 1, 0], [1, 1, 1, 0], [1, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]])
 FAN_IN = np.array([[4, 1, 3, 0]])

@@ -14,10 +14,11 @@ import numpy as np
 import tensorflow as tf
 
 from keras_sparse_init import compat, fans, masks
+from keras_sparse_init.arguments import check_seed
 from keras_sparse_init.initializers import deserialize_rule, serialize_rule
 from keras_sparse_init.matching import mask_aware
 from keras_sparse_init.packing import pack, unpack
-from keras_sparse_init.sampling import check_seed, derive_seed
+from keras_sparse_init.sampling import derive_seed
 from keras_sparse_init.traversal import MaskWrapper, initializer_of, kernels_of
 
 
@@ -192,7 +193,7 @@ class Masked(MaskWrapper):
     def _mask_value(self, name: str, given: Any, shape: Any, layout: fans.KernelLayout, base: int) -> np.ndarray:
         try:
             if callable(given):
-                given = given(shape, derive_seed(base, f"{name}/mask"), layout)
+                given = masks.draw(given, shape, derive_seed(base, f"{name}/mask"), layout)
             return fans.as_mask(compat.to_numpy("mask", given), shape)
         except (ValueError, TypeError) as error:
             raise type(error)(f"The mask of {name!r} of the layer {self.layer.name!r} cannot be set: {error}") from None
