@@ -33,6 +33,17 @@ class Initializer(keras.initializers.Initializer, tf_keras.initializers.Initiali
         return cls(**config)
 
 
+class Callback(keras.callbacks.Callback, tf_keras.callbacks.Callback):
+    """Base of callbacks that both Kerases accept; `self.model` is the model with its state, on JAX too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # What tf_keras's constructor sets; its `self.model = None` is not for a Keras 3 callback.
+        self.validation_data = None
+        self._chief_worker_only = None
+        self._supports_tf_logs = False
+
+
 def register(cls: Class) -> Class:
     """Class decorator: both Kerases find the class when they load a model, and by its name as a string.
 
@@ -151,6 +162,15 @@ def shape_of(value: Any) -> Any:
     return plain_shape(value.shape)
 
 
+def has_shape(value: Any) -> bool:
+    """Whether a value is a tensor, or a list, tuple or dict of tensors."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return bool(value) and all(has_shape(item) for item in value)
+    return hasattr(value, "shape")
+
+
 def plain_shape(shape: Any) -> Any:
     """A shape, or a nest of shapes, without `tf.TensorShape`: lists of ints and None that go into a config."""
     if isinstance(shape, tf.TensorShape):
@@ -244,6 +264,15 @@ def initialize(variable: Any, initializer: Callable[..., Any]) -> None:
         variable._initializer = initializer
 
 
+def mask_initial(variable: Any, mask: np.ndarray) -> None:
+    """Sets a variable to 0 where a mask is False; one without a value yet will be, when it gets it."""
+    if has_value(variable):
+        assign(variable, np.where(mask, to_numpy("variable", variable), 0))
+        return
+    initializer = variable._initializer
+    variable._initializer = lambda shape, dtype: keras.ops.where(mask, initializer(shape, dtype=dtype), 0)
+
+
 def nonzero_pattern(variable: Any, dtype: Any) -> Any:
     """1 where a variable is not 0, as a tensor; ones when it is 0 everywhere, which says nothing about a mask."""
     if isinstance(variable, tf.Variable):
@@ -251,13 +280,6 @@ def nonzero_pattern(variable: Any, dtype: Any) -> Any:
         return tf.cast(tf.logical_or(nonzero, tf.logical_not(tf.reduce_any(nonzero))), dtype)
     nonzero = keras.ops.not_equal(variable, 0)
     return keras.ops.cast(keras.ops.logical_or(nonzero, keras.ops.logical_not(keras.ops.any(nonzero))), dtype)
-
-
-def masked(values: Any, mask: np.ndarray) -> Any:
-    """A tensor with 0 where a mask is False."""
-    if isinstance(values, tf.Tensor):
-        return tf.where(mask, values, tf.zeros_like(values))
-    return keras.ops.where(mask, values, keras.ops.zeros_like(values))
 
 
 def masked_kernel(layer: Any, kernel: Any, mask: Any) -> Any:
@@ -278,3 +300,15 @@ def is_variable(value: Any) -> bool:
 def _own_dtype(variable: Any) -> Any:
     name = true_dtype(variable)
     return tf.dtypes.as_dtype(name) if isinstance(variable, tf.Variable) else name
+
+
+def iterations(model: Any) -> int:
+    """How many updates the optimizer of a compiled model has made.
+
+    Raises:
+        ValueError: When the model has no optimizer.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None:
+        raise ValueError(f"`model` must be compiled. Received: the model {model.name!r} without an optimizer")
+    return int(to_numpy("iterations", optimizer.iterations))

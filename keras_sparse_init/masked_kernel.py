@@ -79,22 +79,18 @@ def masked_kernels(model: Any) -> list[MaskedKernel]:
             continue
         pairs = tfmot.kernels_and_masks(wrapper) if tfmot.is_wrapper(wrapper) else wrapper.kernels_and_masks()
         for kernel, mask in pairs:
-            below, owner, attribute = traversal.owner_of(wrapper.layer, kernel)
-            suffix = (below, attribute) if below else (attribute,)
+            below, canonical_below, owner, attribute = traversal.owner_of(wrapper.layer, kernel)
             found.append(
                 MaskedKernel(
-                    name=_unused("/".join((*path, *suffix)), {other.name for other in found}),
+                    name=traversal.unused("/".join((*path, *below, attribute)), {other.name for other in found}),
                     layer=owner,
                     kernel=kernel,
                     mask=mask,
                     layout=fans.kernel_layout(owner, tuple(kernel.shape), weight_name=attribute),
                     initializer=traversal.initializer_of(owner, attribute),
-                    seed_name=_unused("/".join((*canonical, *suffix)), {other.seed_name for other in found}),
+                    seed_name=traversal.unused(
+                        "/".join((*canonical, *canonical_below, attribute)), {other.seed_name for other in found}
+                    ),
                 )
             )
     return found
-
-
-def _unused(name: str, used: set[str]) -> str:
-    """The name itself, or with a number where a subclassed model has given it to several layers."""
-    return next(n for n in (name, *(f"{name}_{i}" for i in range(1, len(used) + 1))) if n not in used)

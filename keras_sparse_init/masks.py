@@ -136,6 +136,27 @@ def nm_mask(
     """
     shape = check_shape(shape)
     _check_nm(n, m, axis)
+    axis = nm_axis(shape, m, axis, kernel_layout)
+    before, after = math.prod(shape[:axis]) * shape[axis] // m, math.prod(shape[axis + 1 :])
+    groups = choose(m, before * after, n, seed).reshape(m, before, after)
+    return np.ascontiguousarray(groups.swapaxes(0, 1)).reshape(shape)
+
+
+def nm_axis(shape: tuple[int, ...], m: int, axis: int | Literal["input"], kernel_layout: Any = None) -> int:
+    """The axis along which the groups of an N:M mask lie.
+
+    Args:
+        shape: The kernel's shape.
+        m: Entries of a group.
+        axis: An axis, or `"input"` for the layout's input axis.
+        kernel_layout: A `KernelLayout`, a layout name or a layer; None for Keras's convention by rank.
+
+    Returns:
+        The axis as a non-negative int.
+
+    Raises:
+        ValueError: As in `nm_mask`.
+    """
     if axis == "input":
         layout = _kernel_layout(kernel_layout, shape)
         if not layout.input_axes:
@@ -146,15 +167,13 @@ def nm_mask(
         axis = layout.input_axes[-1]
     if not -len(shape) <= axis < len(shape):
         raise ValueError(f"`axis` must be an axis of the kernel. Received: axis={axis} for shape={shape}")
-    axis %= len(shape)
+    axis = int(axis) % len(shape)
     if shape[axis] % m:
         raise ValueError(
             f"`m` must divide the length of the axis. Received: m={m} for axis {axis}, of length {shape[axis]}, "
             f"of shape={shape}"
         )
-    before, after = math.prod(shape[:axis]) * shape[axis] // m, math.prod(shape[axis + 1 :])
-    groups = choose(m, before * after, n, seed).reshape(m, before, after)
-    return np.ascontiguousarray(groups.swapaxes(0, 1)).reshape(shape)
+    return axis
 
 
 def block_mask(shape: Any, sparsity: float, block_size: int | tuple[int, ...], seed: int) -> np.ndarray:

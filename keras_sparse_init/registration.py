@@ -24,11 +24,13 @@ _INITIALIZERS = (
     "SparseScaledInit",
 )
 
-# The class names of each Keras, with the module that each comes from.
+# The class names of each Keras, with the module that each comes from. A layer has one class for each Keras there, by
+# the name of that Keras in the module's `CLASSES`.
+_SHARED = {**dict.fromkeys(_INITIALIZERS, f"{PACKAGE}.initializers"), "Masked": f"{PACKAGE}.layers.masked"}
 _CLASSES: dict[str, dict[str, str]] = {
-    "keras": dict.fromkeys(_INITIALIZERS, f"{PACKAGE}.initializers"),
+    "keras": _SHARED,
     "tf_keras": {
-        **dict.fromkeys(_INITIALIZERS, f"{PACKAGE}.initializers"),
+        **_SHARED,
         "StaticPruneLowMagnitude": f"{PACKAGE}.tfmot_static",
         # tfmot does not register its own.
         "PruneLowMagnitude": "tensorflow_model_optimization.python.core.sparsity.keras.pruning_wrapper",
@@ -55,17 +57,18 @@ def register(library: str) -> None:
         return
     custom_objects = saving.get_custom_objects()
     for name, module in _CLASSES[library].items():
-        proxy = _proxy(name, module)
+        proxy = _proxy(name, module, library)
         # tf_keras writes the short name into h5 files, the long one elsewhere.
         for key in (name, f"{PACKAGE}>{name}") if module.startswith(PACKAGE) else (name,):
             custom_objects.setdefault(key, proxy)
 
 
-def _proxy(name: str, module: str) -> type:
-    """A class that makes instances of the class of that name in that module."""
+def _proxy(name: str, module: str, library: str) -> type:
+    """A class that makes instances of the class of that name in that module, the one for that Keras."""
 
     def real() -> Any:
-        return getattr(importlib.import_module(module), name)
+        imported = importlib.import_module(module)
+        return imported.CLASSES[library] if hasattr(imported, "CLASSES") else getattr(imported, name)
 
     def from_config(cls: type, config: dict[str, Any]) -> Any:
         return real().from_config(config)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from keras_sparse_init import compat, fans, masks, tfmot, traversal
 from keras_sparse_init.arguments import check_choice, check_seed, check_sparsity
+from keras_sparse_init.layers import Masked
 from keras_sparse_init.masked_kernel import MaskedKernel, masked_kernels
 from keras_sparse_init.matching import mask_aware, unaware
 from keras_sparse_init.sampling import derive_seed
@@ -133,7 +134,7 @@ def sparsify(
     method: masks.SparsityMethod = "erk",
     rule: Any = masks.Random,
     initializer: Any = None,
-    wrapper: Literal["tfmot"] = "tfmot",
+    wrapper: Literal["tfmot", "masked"] | None = None,
     skip: Iterable[str] | Callable[[Any], bool] | None = None,
     seed: int | None = None,
 ) -> Any:
@@ -142,15 +143,16 @@ def sparsify(
     Biases, normalization layers and skipped layers keep their weights. No callback is needed to train the result.
 
     Args:
-        model: A built tf_keras model: Sequential or functional (a new model is returned), or subclassed (changed in
-            place and returned).
+        model: A built model of either Keras: Sequential or functional (a new model is returned), or subclassed (changed
+            in place and returned).
         sparsity: Fraction of zeros over all wrapped kernels together, in [0, 1).
         method: How it is spread over layers, as in `layer_sparsities`: "erk", "er", "uniform", "uniform_plus", "igq".
         rule: A class of `keras_sparse_init.masks` (called with each layer's sparsity), or a rule, of which
             `rule.with_sparsity` makes the one of each layer.
         initializer: As in `reinitialize`.
-        wrapper: "tfmot" wraps in `PruneLowMagnitude` with a mask that never changes by itself.
-        skip: Names of layers that stay dense, or a function of the layer that is True for them.
+        wrapper: "masked" wraps layers in `Masked`; "tfmot" in `PruneLowMagnitude` with a mask that never changes by
+            itself, for tf_keras only. None: tfmot for a tf_keras model, `Masked` for a Keras 3 model.
+        skip: Names of layers that stay dense with all inside them, or a function of the layer that is True for them.
         seed: Non-negative int from which all masks and kernels derive. Drawn when None.
 
     Returns:
@@ -159,7 +161,7 @@ def sparsify(
     Raises:
         ValueError: When the sparsity, method or wrapper is not allowed, the budget cannot be met, a name to skip is
             unknown, or no layer has a kernel to mask.
-        TypeError: When the model is not of tf_keras, the one Keras that tfmot accepts.
+        TypeError: When `model` is no Keras model, or of Keras 3 with `wrapper="tfmot"`, which takes tf_keras only.
 
     Warns:
         UserWarning: When layers with kernels stay dense because tfmot cannot wrap them (`DepthwiseConv2D`, say)
@@ -175,25 +177,46 @@ def sparsify(
         11760
     """
     check_sparsity(sparsity)
-    check_choice("wrapper", wrapper, ("tfmot",))
-    if compat.library_of(model) is not compat.tf_keras:
-        raise TypeError(f"`wrapper='tfmot'` needs a tf_keras model. Received: {type(model).__name__} of Keras 3")
+    of_tf_keras = compat.library_of(model) is compat.tf_keras
+    if wrapper is None:
+        wrapper = "tfmot" if of_tf_keras else "masked"
+    check_choice("wrapper", wrapper, ("tfmot", "masked"))
+    if wrapper == "tfmot" and not of_tf_keras:
+        raise TypeError(
+            "`wrapper='tfmot'` needs a tf_keras model; a Keras 3 model takes 'masked'. "
+            f"Received: {type(model).__name__} of Keras 3"
+        )
     if not model.built:
         raise ValueError(f"`model` must be built. Received: the model {model.name!r}, which has no weights yet")
-    skipped = _skip_function(model, skip)
-    left_dense = []
+    base = _base_seed(seed)
+    check_choice("method", method, get_args(masks.SparsityMethod))
+    if not isinstance(rule, type) and not hasattr(rule, "with_sparsity"):
+        raise TypeError(f"`rule` must be a class of masks or a rule that has `with_sparsity`. Received: {rule!r}")
+    if initializer is not None:
+        mask_aware(initializer, "initializer", (1, 1), fans.kernel_layout("dense", (1, 1)))
+    skipped = _skipped_layers(model, skip)
+    left_dense: list[str] = []
 
-    def wrap(layer: Any, copy: Callable[[Any], Any]) -> Any:
-        if skipped(layer) or traversal.is_mask_wrapper(layer):
-            return copy(layer)
+    def wrap_in_tfmot(layer: Any, copy: Callable[[Any], Any]) -> Any:
         if tfmot.can_wrap(layer):
-            wrapped = tfmot.static_wrapper(copy(layer))
-            if wrapped.layer.built:
-                wrapped.build(None)
-            return wrapped
+            return tfmot.static_wrapper(copy(layer))
         if any(len(weight.shape) > 1 for weight in traversal.own_variables(layer)):
             left_dense.append(layer.name)
         return None
+
+    def wrap_in_masked(layer: Any, copy: Callable[[Any], Any]) -> Any:
+        inside = [below for _, _, below in traversal.walk(layer)]
+        if any(id(below) in skipped or traversal.is_mask_wrapper(below) for below in inside):
+            return None
+        return Masked(copy(layer)) if traversal.kernels_of(layer) else None
+
+    def wrap(layer: Any, copy: Callable[[Any], Any]) -> Any:
+        if id(layer) in skipped or traversal.is_mask_wrapper(layer):
+            return copy(layer)
+        wrapped = (wrap_in_tfmot if wrapper == "tfmot" else wrap_in_masked)(layer, copy)
+        if wrapped is not None and wrapped.layer.built:
+            wrapped.build(None)
+        return wrapped
 
     sparse = traversal.rebuild(model, wrap)
     kernels = masked_kernels(sparse)
@@ -205,7 +228,6 @@ def sparsify(
             "Name them in `skip` if that is meant.",
             stacklevel=2,
         )
-    base = _base_seed(seed)
     levels = masks.layer_sparsities({kernel.name: kernel.shape for kernel in kernels}, sparsity, method)
     rules = {
         name: rule(sparsity=level) if isinstance(rule, type) else rule.with_sparsity(level)
@@ -305,13 +327,15 @@ def _pair(kernels: list[MaskedKernel], masks_or_rule: Any) -> list[tuple[MaskedK
     )
 
 
-def _skip_function(model: Any, skip: Any) -> Callable[[Any], bool]:
+def _skipped_layers(model: Any, skip: Any) -> set[int]:
+    """The ids of the layers to skip and of all layers inside them."""
     if skip is None:
-        return lambda layer: False
-    if callable(skip):
-        return skip
-    names = {skip} if isinstance(skip, str) else set(skip)
-    unknown = sorted(names - {layer.name for _, _, layer in traversal.walk(model)})
-    if unknown:
-        raise ValueError(f"`skip` names unknown layers {unknown}")
-    return lambda layer: layer.name in names
+        return set()
+    below = [layer for _, _, layer in traversal.walk(model)]
+    if not callable(skip):
+        names = {skip} if isinstance(skip, str) else set(skip)
+        unknown = sorted(names - {layer.name for layer in below})
+        if unknown:
+            raise ValueError(f"`skip` names unknown layers {unknown}")
+    chosen = [layer for layer in below if (skip(layer) if callable(skip) else layer.name in names)]
+    return {id(inner) for layer in chosen for inner in layer._flatten_layers()}

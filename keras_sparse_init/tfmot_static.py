@@ -112,8 +112,8 @@ class StaticPruneLowMagnitude(PruneLowMagnitude):
         for index, kernel in enumerate(self.prunable_weights):
             if compat.is_restored(kernel):
                 continue
-            below, owner, attribute = traversal.owner_of(self.layer, kernel)
-            name, mask = f"{below}/{attribute}", self._mask_given(index)
+            _, below, owner, attribute = traversal.owner_of(self.layer, kernel)
+            name, mask = "/".join((*below, attribute)), self._mask_given(index)
             layout = fans.kernel_layout(owner, mask.shape, weight_name=attribute)
             try:
                 initializer = mask_aware(traversal.initializer_of(owner, attribute), name, mask.shape, layout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from keras_sparse_init import compat, tfmot
 from keras_sparse_init.initializers import SparseScaledInit
@@ -35,7 +35,30 @@ def is_mask_wrapper(layer: Any) -> bool:
     return isinstance(layer, MaskWrapper) or tfmot.is_wrapper(layer)
 
 
-def kernels_of(layer: Any, names: Sequence[str] | None = None) -> list[tuple[str, Any, str]]:
+class KernelPlace(NamedTuple):
+    """Where a kernel lies below a layer: attribute `attribute` of `owner`.
+
+    `path` lists the layers down to it and its attribute's public name. `name` is the same with the numbers that Keras
+    gave by itself counted anew, and unique.
+    """
+
+    path: str
+    name: str
+    owner: Any
+    attribute: str
+
+    @property
+    def kernel(self) -> Any:
+        """The variable there."""
+        return vars(self.owner)[self.attribute]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The kernel's shape."""
+        return tuple(self.kernel.shape)
+
+
+def kernels_of(layer: Any, names: Sequence[str] | None = None) -> list[KernelPlace]:
     """The kernels of a layer and of the layers below it, in their order.
 
     Args:
@@ -43,17 +66,23 @@ def kernels_of(layer: Any, names: Sequence[str] | None = None) -> list[tuple[str
         names: Attribute names that count as kernels, when not Keras's.
 
     Returns:
-        (name, owner, attribute) for each: the path below `layer` with the attribute's public name, the layer that
-        has it, and the attribute that holds the variable.
+        The place of each.
     """
-    found, seen = [], set()
-    for path, owner in [((), layer), *((path, below) for path, _, below in walk(layer))]:
+    found: list[KernelPlace] = []
+    seen = set()
+    for path, canonical, owner in [((), (), layer), *walk(layer)]:
         for attribute, value in vars(owner).items():
             public = attribute.removeprefix("_")
             if public in (names or _KERNEL_NAMES) and compat.is_variable(value) and id(value) not in seen:
                 seen.add(id(value))
-                found.append(("/".join((*path, public)), owner, attribute))
+                name = unused("/".join((*canonical, public)), {other.name for other in found})
+                found.append(KernelPlace("/".join((*path, public)), name, owner, attribute))
     return found
+
+
+def unused(name: str, used: set[str]) -> str:
+    """The name itself, or with a number where a subclassed model has given it to several layers."""
+    return next(n for n in (name, *(f"{name}_{i}" for i in range(1, len(used) + 1))) if n not in used)
 
 
 def initializer_of(layer: Any, attribute: str) -> Any:
@@ -110,18 +139,18 @@ def _canonical_name(layer: Any, counts: dict[str, int]) -> str:
     return f"{stem}_{counts[stem]}"
 
 
-def owner_of(layer: Any, variable: Any) -> tuple[str, Any, str]:
+def owner_of(layer: Any, variable: Any) -> tuple[tuple[str, ...], tuple[str, ...], Any, str]:
     """The layer, among this one and those below it, that has a variable as its attribute.
 
     Returns:
-        (path below `layer`, owner, attribute name). A weight that no attribute holds (one of a list, say) belongs to
-        `layer` itself under the variable's own name.
+        (path below `layer`, canonical path, owner, attribute name). A weight that no attribute holds (one of a list,
+        say) belongs to `layer` itself under the variable's own name.
     """
-    for path, candidate in [((), layer), *((path, below) for path, _, below in walk(layer))]:
+    for path, canonical, candidate in [((), (), layer), *walk(layer)]:
         for attribute, value in vars(candidate).items():
             if value is variable:
-                return "/".join(path), candidate, attribute.removeprefix("_")
-    return "", layer, variable.name.split("/")[-1].split(":")[0]
+                return path, canonical, candidate, attribute.removeprefix("_")
+    return (), (), layer, variable.name.split("/")[-1].split(":")[0]
 
 
 def rebuild(model: Any, replace: Replace) -> Any:
@@ -158,6 +187,8 @@ def _rebuild(model: Any, replace: Replace, done: dict[int, Any]) -> Any:
 
     def copy(layer: Any) -> Any:
         new = type(layer).from_config(layer.get_config())
+        # The config of a subclassed model has no name. A functional model must know it from the start.
+        _rename(new, layer)
         copies.append((layer, new))
         return new
 
@@ -168,6 +199,9 @@ def _rebuild(model: Any, replace: Replace, done: dict[int, Any]) -> Any:
         return done[id(layer)]
 
     def _clone(layer: Any) -> Any:
+        if not isinstance(layer, library.layers.Layer):
+            # An operation of Keras 3, such as the sum of two tensors.
+            return type(layer).from_config(layer.get_config())
         if isinstance(layer, library.Model):
             if _is_graph_network(layer, library):
                 return _rebuild(layer, replace, done)
@@ -187,7 +221,8 @@ def _rebuild(model: Any, replace: Replace, done: dict[int, Any]) -> Any:
     if model.built and not rebuilt.built:
         rebuilt.build(model.input_shape)
     for old, new in copies:
-        _wrap_inside(old, new)
+        if any(is_mask_wrapper(layer) for layer in old._flatten_layers(include_self=False)):
+            _wrap_inside(old, new)
         _copy_state(old, new)
     for old, new in kept:
         if not is_mask_wrapper(old):
@@ -204,12 +239,18 @@ def _is_graph_network(model: Any, library: Any) -> bool:
 
 
 def _copy_state(old: Any, new: Any) -> None:
-    """Gives a layer the weights of another of the same structure, and what is frozen in it."""
+    """Gives a layer the weights of another of the same structure, its names, and what is frozen in it."""
     for source, target in zip(old._flatten_layers(), new._flatten_layers(), strict=True):
+        _rename(target, source)
         if source.trainable != target.trainable:
             target.trainable = source.trainable
     for source, target in zip(_variables(old), _variables(new), strict=True):
         compat.assign(target, compat.to_numpy("weight", source))
+
+
+def _rename(layer: Any, other: Any) -> None:
+    if layer.name != other.name:
+        setattr(layer, "_name" if compat.library_of(layer) is compat.tf_keras else "name", other.name)
 
 
 def _variables(layer: Any) -> list[Any]:
@@ -248,8 +289,11 @@ def replace_initializers(layer: Any, replacement: Callable[[Any, Any], Any]) -> 
 
 def _wrap_inside(old: Any, new: Any) -> None:
     """Wraps the layers inside a copy that are wrapped in the original: a config may not tell of what is inside."""
+    library = compat.library_of(old)
 
     def wrap(old_layer: Any, new_layer: Any) -> tuple[Any, bool]:
+        if isinstance(old_layer, library.Model) and _is_graph_network(old_layer, library):
+            return _rebuild(old_layer, lambda layer, copy: copy(layer), {}), False
         if is_mask_wrapper(old_layer) and not is_mask_wrapper(new_layer):
             if tfmot.is_wrapper(old_layer):
                 return tfmot.wrap_like(old_layer, new_layer), False
@@ -295,7 +339,7 @@ def _map_inside(old: Any, new: Any, function: Callable[[Any, Any], tuple[Any, bo
         if isinstance(old_value, list | tuple) and len(old_value) == len(new_value):
             items = [mapped(*pair) for pair in zip(old_value, new_value, strict=True)]
             changed = any(after is not before for after, before in zip(items, new_value, strict=True))
-            return type(items)(items) if changed else new_value
+            return (tuple(items) if isinstance(new_value, tuple) else items) if changed else new_value
         if isinstance(old_value, dict) and old_value.keys() == new_value.keys():
             entries = {key: mapped(old_value[key], new_value[key]) for key in old_value}
             return entries if any(entries[key] is not new_value[key] for key in entries) else new_value
@@ -308,10 +352,46 @@ def _map_inside(old: Any, new: Any, function: Callable[[Any, Any], tuple[Any, bo
         before = vars(new)[name]
         after = mapped(old_value, before)
         if after is not before:
-            tracked = getattr(new, "_self_tracked_trackables", [])
-            position = next((i for i, value in enumerate(tracked) if value is before), None)
-            delattr(new, name)
-            setattr(new, name, after)
-            if position is not None and len(tracked) > position:
-                # The order of the layers is the order of tracking.
-                tracked.insert(position, tracked.pop())
+            if compat.library_of(new) is compat.tf_keras:
+                _set_in_tf_keras(new, name, before, after)
+            else:
+                _set_in_keras(new, name, before, after)
+
+
+def _set_in_tf_keras(holder: Any, name: str, before: Any, after: Any) -> None:
+    tracked = getattr(holder, "_self_tracked_trackables", [])
+    position = next((i for i, value in enumerate(tracked) if value is before), None)
+    delattr(holder, name)
+    setattr(holder, name, after)
+    tracked = getattr(holder, "_self_tracked_trackables", [])
+    if position is not None and tracked[-1] is vars(holder)[name]:
+        # The order of the layers is the order of tracking.
+        tracked.insert(position, tracked.pop())
+
+
+def _set_in_keras(holder: Any, name: str, before: Any, after: Any) -> None:
+    # Keras 3 keeps the layers of a holder in one list, in the order in which they came, and locks it at build.
+    tracker = holder._tracker
+    layers, ids = tracker.config["layers"][1], tracker.stored_ids["layers"]
+    for old, new in _layer_pairs(before, after):
+        if old is not new and id(old) in ids:
+            layers[next(i for i, layer in enumerate(layers) if layer is old)] = new
+            ids.remove(id(old))
+            ids.add(id(new))
+    locked = tracker.locked
+    tracker.unlock()
+    try:
+        setattr(holder, name, after)
+    finally:
+        if locked:
+            tracker.lock()
+
+
+def _layer_pairs(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(before, dict):
+        before, after = list(before.values()), list(after.values())
+    if isinstance(before, list | tuple):
+        for pair in zip(before, after, strict=True):
+            yield from _layer_pairs(*pair)
+    elif isinstance(before, compat.keras.layers.Layer):
+        yield before, after

@@ -101,3 +101,42 @@ def masked_case(library, name):
     layer.set_weights([random.uniform(0.5, 1.5, tuple(weight.shape)) for weight in layer.weights])
     plain.set_weights([number(weight) * masks.get(id(weight), 1) for weight in layer.weights])
     return masked, plain, [masks.get(id(weight)) for weight in masked.trainable_weights]
+
+
+def data(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def half(*shape, seed=0):
+    """A mask with about half of its entries 1."""
+    return (np.random.default_rng(seed).random(shape) < 0.5).astype(np.float32)
+
+
+def weights_and_masks(model):
+    kernels = masked_kernels(model)
+    assert kernels
+    return [(number(kernel.kernel), number(kernel.mask)) for kernel in kernels]
+
+
+def assert_sparse(model):
+    for kernel, mask in weights_and_masks(model):
+        assert 0 < mask.mean() < 1
+        assert not kernel[mask == 0].any()
+        assert kernel[mask == 1].any()
+
+
+def subclassed(library, wrap=lambda layer: Masked(layer, sparsity=0.5, seed=0)):
+    class Model(library.Model):
+        def __init__(self):
+            super().__init__()
+            self.first = wrap(library.layers.Dense(6, activation="tanh"))
+            self.blocks = [wrap(library.layers.Dense(6)) for _ in range(2)]
+            self.last = library.layers.Dense(2)
+
+        def call(self, inputs):
+            outputs = self.first(inputs)
+            for block in self.blocks:
+                outputs = outputs + block(outputs)
+            return self.last(outputs)
+
+    return Model()

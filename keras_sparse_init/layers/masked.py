@@ -19,7 +19,7 @@ from keras_sparse_init.initializers import deserialize_rule, serialize_rule
 from keras_sparse_init.matching import mask_aware
 from keras_sparse_init.packing import pack, unpack
 from keras_sparse_init.sampling import derive_seed
-from keras_sparse_init.traversal import MaskWrapper, initializer_of, kernels_of
+from keras_sparse_init.traversal import KernelPlace, MaskWrapper, initializer_of, kernels_of
 
 
 class _Slot(NamedTuple):
@@ -78,7 +78,7 @@ class Masked(MaskWrapper):
     def __new__(cls, layer: Any = None, *args: Any, **kwargs: Any) -> Masked:
         """An instance of the class for the layer's Keras."""
         if cls is Masked:
-            cls = _CLASSES[compat.library_of(layer)]
+            cls = CLASSES[compat.library_of(layer).__name__]
         return super().__new__(cls, layer, *args, **kwargs)
 
     def __init__(
@@ -101,6 +101,8 @@ class Masked(MaskWrapper):
         kwargs.setdefault("dtype", compat.dtype_policy(layer))
         # Both Kerases look at the arguments of `call`, before the end of `__init__`, for what to pass to it.
         object.__setattr__(self, "call", MethodType(_call_with_arguments_of(layer), self))
+        names = _positional_names(layer.__call__) or _positional_names(layer.call)
+        object.__setattr__(self, "_argument_names", names)
         super().__init__(layer, **kwargs)
         self.supports_masking = layer.supports_masking
         self.stateful = getattr(layer, "stateful", False)
@@ -112,6 +114,7 @@ class Masked(MaskWrapper):
         object.__setattr__(self, "_slots", [])
         object.__setattr__(self, "_call_shapes", {})
         object.__setattr__(self, "_built_with", None)
+        object.__setattr__(self, "_rebuilt", False)
         object.__setattr__(self, "_one_thread", _Lock())
 
     def kernels_and_masks(self) -> list[tuple[Any, Any]]:
@@ -132,8 +135,8 @@ class Masked(MaskWrapper):
             fresh = not self.layer.built
             if fresh:
                 compat.build_layer(self.layer, input_shape, self._call_shapes)
-            self._build_masks(fresh)
-        object.__setattr__(self, "_built_with", compat.plain_shape(input_shape))
+                object.__setattr__(self, "_built_with", compat.plain_shape(input_shape))
+            self._build_masks(fresh or self._rebuilt)
         self.built = True
 
     def _build_masks(self, fresh: bool) -> None:
@@ -143,18 +146,15 @@ class Masked(MaskWrapper):
         if not found:
             wanted = self.weight_names or "kernel, recurrent_kernel, depthwise_kernel, pointwise_kernel, embeddings"
             raise ValueError(f"`layer` must have a kernel to mask ({wanted}). Received: the layer {self.layer.name!r}")
-        given = self._given_by_name([name for name, _, _ in found])
+        given = self._given_by_name(found)
         base = random.randint(1, 10**9) if self.seed is None else self.seed
-        for name, owner, attribute in found:
-            kernel = vars(owner)[attribute]
-            shape = tuple(kernel.shape)
-            layout = fans.kernel_layout(owner, shape, weight_name=attribute)
-            value = given.get(name)
-            if value is not None:
-                value = self._mask_value(name, value, shape, layout, base)
-                if not compat.is_restored(kernel):
-                    self._draw(name, owner, attribute, kernel, value, layout, base, fresh)
-            self._slots.append(_Slot(name, owner, attribute, kernel, self._add_mask(name, kernel, value)))
+        values = {place.name: self._mask_value(place, given[place.name], base) for place in found if place.name in given}
+        for place in found:
+            kernel, value = place.kernel, values.get(place.name)
+            if value is not None and not compat.is_restored(kernel):
+                self._draw(place, value, base, fresh)
+            mask = self._add_mask(place.name, kernel, value)
+            self._slots.append(_Slot(place.name, place.owner, place.attribute, kernel, mask))
 
     def _add_mask(self, name: str, kernel: Any, value: np.ndarray | None) -> Any:
         dtype = compat.true_dtype(kernel)
@@ -164,25 +164,25 @@ class Masked(MaskWrapper):
                 return compat.to_tensor(value.astype(compat.numpy_dtype(compat.float_dtype(dtype))), dtype)
             return compat.nonzero_pattern(kernel, dtype)
 
-        return self.add_weight(
-            name=f"{name.replace('/', '_')}_mask",
-            shape=tuple(kernel.shape),
-            initializer=initial,
-            dtype=dtype,
-            trainable=False,
+        name = f"{name.replace('/', '_')}_mask"
+        mask = self.add_weight(
+            name=name, shape=tuple(kernel.shape), initializer=initial, dtype=dtype, trainable=False
         )
+        # Checkpoints of Keras 3 find a weight by the attribute that holds it.
+        setattr(self, name, mask)
+        return mask
 
-    def _given_by_name(self, names: list[str]) -> dict[str, Any]:
-        given = self._given_mask
+    def _given_by_name(self, kernels: list[KernelPlace]) -> dict[str, Any]:
+        given, names = self._given_mask, [kernel.name for kernel in kernels]
         if given is None:
             return {}
         if isinstance(given, Mapping):
-            # A kernel of a cell or projection may be named with its path or by its attribute alone.
-            full = {key: [name for name in names if key in (name, name.split("/")[-1])] for key in given}
-            unknown = [key for key, matches in full.items() if not matches]
+            # Whoever gives a mask may name the kernel of a cell or projection with its path, or by its attribute alone.
+            known = {key: [k.name for k in kernels if key in (k.name, k.path, k.path.split("/")[-1])] for key in given}
+            unknown = [key for key, matches in known.items() if not matches]
             if unknown:
                 raise ValueError(f"`mask` names unknown kernels {unknown}. Those of {self.layer.name!r} are {names}")
-            return {name: given[key] for key, matches in full.items() for name in matches}
+            return {name: given[key] for key, matches in known.items() for name in matches}
         if not callable(given) and len(names) > 1:
             raise ValueError(
                 f"`mask` must be a rule or a mapping: the layer {self.layer.name!r} has several kernels {names}. "
@@ -190,50 +190,37 @@ class Masked(MaskWrapper):
             )
         return dict.fromkeys(names, given)
 
-    def _mask_value(self, name: str, given: Any, shape: Any, layout: fans.KernelLayout, base: int) -> np.ndarray:
+    def _mask_value(self, place: KernelPlace, given: Any, base: int) -> np.ndarray:
         try:
             if callable(given):
-                given = masks.draw(given, shape, derive_seed(base, f"{name}/mask"), layout)
-            return fans.as_mask(compat.to_numpy("mask", given), shape)
+                given = masks.draw(given, place.shape, derive_seed(base, f"{place.name}/mask"), _layout(place))
+            return fans.as_mask(compat.to_numpy("mask", given), place.shape)
         except (ValueError, TypeError) as error:
-            raise type(error)(f"The mask of {name!r} of the layer {self.layer.name!r} cannot be set: {error}") from None
+            message = f"The mask of {place.name!r} of the layer {self.layer.name!r} cannot be set: {error}"
+            raise type(error)(message) from None
 
-    def _draw(
-        self,
-        name: str,
-        owner: Any,
-        attribute: str,
-        kernel: Any,
-        mask: np.ndarray,
-        layout: fans.KernelLayout,
-        base: int,
-        fresh: bool,
-    ) -> None:
+    def _draw(self, place: KernelPlace, mask: np.ndarray, base: int, fresh: bool) -> None:
         """Draws a kernel for its mask; a trained one only loses the weights off the mask."""
-        if not fresh:
-            compat.assign(kernel, np.where(mask, compat.to_numpy("kernel", kernel), 0))
-            return
-        initializer = initializer_of(owner, attribute)
         try:
-            initializer = mask_aware(initializer, name, mask.shape, layout)
+            initializer = initializer_of(place.owner, place.attribute)
+            initializer = mask_aware(initializer, place.name, mask.shape, _layout(place))
         except ValueError:
-            # No variance to scale (zeros, a constant, a function of the user's): its values, masked.
-            compat.initialize(kernel, lambda shape, dtype: compat.masked(initializer(shape, dtype=dtype), mask))
+            # No variance to scale: zeros, a constant, a function of the user's.
+            fresh = False
+        if not fresh:
+            compat.mask_initial(place.kernel, mask)
             return
         own_seed = initializer.given_seed if self.seed is None else None
-        seed = derive_seed(base if own_seed is None else own_seed, name)
-        values = initializer.draw(mask.shape, compat.true_dtype(kernel), mask, layout, seed)
-        compat.initialize(kernel, lambda shape, dtype: compat.to_tensor(values, dtype))
+        seed = derive_seed(base if own_seed is None else own_seed, place.name)
+        values = initializer.draw(mask.shape, compat.true_dtype(place.kernel), mask, _layout(place), seed)
+        compat.initialize(place.kernel, lambda shape, dtype: compat.to_tensor(values, dtype))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped layer on its inputs and whatever else it takes."""
-        names = _positional_names(self.layer)
-        if len(args) <= len(names):
-            # Some layers of tf_keras take positional arguments in another order than their `call`.
-            args, kwargs = args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
+        args, kwargs = _all_but_first_by_name(self._argument_names, args, kwargs)
         if not self.built:
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            shapes = {name: compat.shape_of(value) for name, value in given.items() if hasattr(value, "shape")}
+            given = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
+            shapes = {name: compat.shape_of(value) for name, value in given.items() if compat.has_shape(value)}
             object.__setattr__(self, "_call_shapes", shapes)
         return super().__call__(*args, **kwargs)
 
@@ -262,14 +249,22 @@ class Masked(MaskWrapper):
         """The wrapped layer's output shape."""
         return self.layer.compute_output_shape(*args, **kwargs)
 
-    def get_build_config(self) -> dict[str, Any]:
-        """The shapes that the wrapped layer was built with."""
+    def get_build_config(self) -> dict[str, Any] | None:
+        """The shapes that the wrapped layer was built with; None when it is not built."""
+        if not self.built:
+            return None
+        if self._built_with is None:
+            # It was built before it was wrapped.
+            return {"layer": self.layer.get_build_config()}
         return {"input_shape": self._built_with, "call_shapes": self._call_shapes}
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Builds the wrapped layer with the shapes that `get_build_config` returned, then the masks."""
-        object.__setattr__(self, "_call_shapes", dict(config["call_shapes"]))
-        self.build(config["input_shape"])
+        if config.get("layer") is not None:
+            object.__setattr__(self, "_rebuilt", not self.layer.built)
+            self.layer.build_from_config(config["layer"])
+        object.__setattr__(self, "_call_shapes", dict(config.get("call_shapes", {})))
+        self.build(config.get("input_shape"))
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments; once built, with the masks as they are, so that a clone has the same."""
@@ -289,7 +284,9 @@ class Masked(MaskWrapper):
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Masked:
         """A new layer from what `get_config` returned."""
         config = dict(config)
-        layer = cls._library.layers.deserialize(config.pop("layer"), custom_objects=custom_objects)
+        # The layer is built with this one, so that its kernels are drawn for the masks.
+        layer_config = {key: value for key, value in config.pop("layer").items() if key != "build_config"}
+        layer = cls._library.layers.deserialize(layer_config, custom_objects=custom_objects)
         mask = config.pop("mask", None)
         if isinstance(mask, dict) and "masks" in mask:
             mask = {name: _mask_from_config(value) for name, value in mask["masks"].items()}
@@ -340,25 +337,34 @@ class _Lock:
 
 def _call_with_arguments_of(layer: Any) -> Callable[..., Any]:
     """The method `call` of a `Masked`, which has the arguments of the wrapped layer's."""
+    signature = inspect.signature(layer.call)
+    names = _positional_names(layer.call)
 
     def call(self: Masked, *args: Any, **kwargs: Any) -> Any:
         """The wrapped layer's output with its kernels masked."""
+        args, kwargs = _all_but_first_by_name(names, args, kwargs)
         with self._masked_kernels():
             return self.layer(*args, **kwargs)
 
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    call.__signature__ = inspect.Signature([itself, *inspect.signature(layer.call).parameters.values()])
+    call.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])
     return call
 
 
-def _positional_names(layer: Any) -> list[str]:
-    """Names of what a layer can be called with, in order."""
-    for function in (layer.__call__, layer.call):
-        parameters = inspect.signature(function).parameters.values()
-        names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        if names:
-            return names
-    return []
+def _positional_names(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def _all_but_first_by_name(names: list[str], args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """Arguments of a call: some layers of tf_keras take positional ones in another order than their method `call`."""
+    if len(args) > len(names):
+        return args, kwargs
+    return args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
+
+
+def _layout(place: KernelPlace) -> fans.KernelLayout:
+    return fans.kernel_layout(place.owner, place.shape, weight_name=place.attribute)
 
 
 def _with_layers_below(layer: Any) -> list[Any]:
@@ -385,4 +391,4 @@ def _class_for(library: Any) -> type:
     return compat.register_in(library, type("Masked", (Masked, library.layers.Wrapper), members))
 
 
-_CLASSES = {library: _class_for(library) for library in (compat.keras, compat.tf_keras)}
+CLASSES = {library.__name__: _class_for(library) for library in (compat.keras, compat.tf_keras)}
