@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from keras_sparse_init import registration
 from keras_sparse_init._version import __version__
 
 _HOME = {
@@ -48,3 +49,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# So that this import is all that loading a model of this package needs.
+registration.register_when_imported()

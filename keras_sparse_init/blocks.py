@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 BLOCK_SIZE = 2**18
 
 Result = TypeVar("Result")
+
+_local = threading.local()
 
 
 def row_blocks(rows: int, width: int) -> list[slice]:
@@ -25,17 +28,21 @@ def row_blocks(rows: int, width: int) -> list[slice]:
 def map_blocks(function: Callable[..., Result], *items: Iterable[Any]) -> list[Result]:
     """`[function(*args) for args in zip(*items)]` on two threads; NumPy releases the lock in its loops.
 
-    The function must not call `map_blocks` itself: it would wait for the threads that it occupies.
+    Called by the function itself, on one of the threads, it takes no others: large work is shared out once.
     """
     work = list(zip(*items, strict=True))
-    if len(work) < 2:
+    if len(work) < 2 or getattr(_local, "is_worker", False):
         return [function(*args) for args in work]
     return list(_pool().map(lambda args: function(*args), work))
 
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(2, thread_name_prefix="keras_sparse_init")
+    return ThreadPoolExecutor(2, thread_name_prefix="keras_sparse_init", initializer=_mark_worker)
+
+
+def _mark_worker() -> None:
+    _local.is_worker = True
 
 
 # Threads do not survive a fork; the child makes its own.

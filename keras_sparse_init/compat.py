@@ -212,17 +212,20 @@ def build_layer(layer: Any, input_shape: Any, call_shapes: dict[str, Any]) -> No
                 # As tf_keras's own call does: some layers' build keeps another shape than that of their input.
                 tf_keras.layers.Layer.build(layer, input_shape)
         return
-    names = [
-        name
-        for name, parameter in inspect.signature(layer.build).parameters.items()
+    parameters = [
+        parameter
+        for parameter in inspect.signature(layer.build).parameters.values()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     ]
-    if len(names) < 2:
+    if len(parameters) < 2:
         layer.build(input_shape)
-    else:
-        # Keras 3 names a build's arguments after those of the call: `value_shape` is the shape of `value`.
-        known = {name: call_shapes.get(name.removesuffix("_shape")) for name in names}
-        layer.build(**{name: shape for name, shape in known.items() if shape is not None})
+        return
+    # Keras 3 names a build's arguments after those of the call: `value_shape` is the shape of `value`.
+    shapes = {p.name: call_shapes.get(p.name.removesuffix("_shape")) for p in parameters}
+    # Where nothing is known of what a layer needs to know, it is like the first input: attention to itself, say.
+    known = {p.name: input_shape if p.default is p.empty else None for p in parameters}
+    known.update({name: shape for name, shape in shapes.items() if shape is not None})
+    layer.build(**{name: shape for name, shape in known.items() if shape is not None})
 
 
 def build_attention(layer: Any, input_shape: Any, call_shapes: dict[str, Any]) -> None:

@@ -219,9 +219,7 @@ def _check_arguments(scope: Any, rule: Any) -> None:
     check_choice("scope", scope, ("layer", "global"))
     check_rule(rule)
     if scope == "global" and rule is not None:
-        raise ValueError(
-            f"`rule` needs scope='layer': a pattern says how much each kernel keeps. Received: rule={rule}"
-        )
+        raise ValueError(f"`rule` needs `scope='layer'`: a pattern is one of each kernel. Received: rule={rule}")
 
 
 def _kernels(model: Any) -> list[MaskedKernel]:

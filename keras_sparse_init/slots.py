@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,19 +36,14 @@ def slots_of(optimizer: Any, variable: Any) -> Iterator[tuple[Any, float]]:
     wrapped = getattr(optimizer, "_inner_optimizers", ()) if inner is None else (inner,)
     for part in wrapped:
         yield from slots_of(part, variable)
-    if wrapped or not hasattr(optimizer, "_var_key"):
+    if wrapped:
         return
-    key = optimizer._var_key(variable)
-    if hasattr(optimizer, "_slots"):
-        # tf_keras's legacy optimizers.
-        found = optimizer._slots.get(key, {}).items()
+    if hasattr(optimizer, "get_slot_names"):
+        found = _legacy_slots(optimizer, variable)
+    elif hasattr(optimizer, "_var_key"):
+        found = _slots(optimizer, variable)
     else:
-        indices = getattr(optimizer, "_trainable_variables_indices", getattr(optimizer, "_index_dict", {}))
-        if key not in indices:
-            return
-        index = indices[key]
-        lists = [(n, v) for n, v in vars(optimizer).items() if isinstance(v, list | tuple) and index < len(v)]
-        found = [(name, values[index]) for name, values in lists if name not in _NOT_SLOTS]
+        return
     for name, slot in found:
         if compat.is_variable(slot) and tuple(slot.shape) == tuple(variable.shape):
             yield slot, _initial_value(optimizer, name)
@@ -55,6 +51,22 @@ def slots_of(optimizer: Any, variable: Any) -> Iterator[tuple[Any, float]]:
 
 # Lists of an optimizer that hold other variables: those it trains, and all of its own.
 _NOT_SLOTS = ("_trainable_variables", "_variables")
+
+
+def _slots(optimizer: Any, variable: Any) -> Iterator[tuple[str, Any]]:
+    """Those of an optimizer that has a list for each kind of slot, in the order of its variables."""
+    indices = getattr(optimizer, "_trainable_variables_indices", getattr(optimizer, "_index_dict", {}))
+    index = indices.get(optimizer._var_key(variable))
+    for name, values in vars(optimizer).items():
+        if index is not None and isinstance(values, list | tuple) and name not in _NOT_SLOTS and index < len(values):
+            yield name, values[index]
+
+
+def _legacy_slots(optimizer: Any, variable: Any) -> Iterator[tuple[str, Any]]:
+    """Those of one of `tf_keras.optimizers.legacy`."""
+    for name in optimizer.get_slot_names():
+        with contextlib.suppress(KeyError):
+            yield name, optimizer.get_slot(variable, name)
 
 
 def _initial_value(optimizer: Any, name: str) -> float:

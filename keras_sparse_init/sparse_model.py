@@ -11,15 +11,20 @@ import numpy as np
 
 from keras_sparse_init import compat, fans, masks, tfmot, traversal
 from keras_sparse_init.arguments import check_choice, check_seed, check_sparsity
+from keras_sparse_init.blocks import map_blocks
 from keras_sparse_init.layers import Masked
 from keras_sparse_init.masked_kernel import MaskedKernel, masked_kernels
 from keras_sparse_init.matching import mask_aware, unaware
 from keras_sparse_init.sampling import derive_seed
+from keras_sparse_init.slots import slots_of
 from keras_sparse_init.table import SparsityRow, SparsityTable
 
 
 def set_masks(model: Any, masks_or_rule: Any, seed: int | None = None) -> None:
     """Sets the masks of a model's masked kernels; weights off the new masks become 0.
+
+    What the model's optimizer remembers of these weights (momenta, moments, averages) is forgotten, so that it does not
+    move them any more. Masks may be set at any moment, in a callback too.
 
     Args:
         model: A built model with masked kernels.
@@ -50,9 +55,12 @@ def set_masks(model: Any, masks_or_rule: Any, seed: int | None = None) -> None:
             assigned.append((kernel, fans.as_mask(compat.to_numpy("mask", mask), kernel.shape)))
         except (ValueError, TypeError) as error:
             raise type(error)(f"The mask of {kernel.name!r} cannot be set: {error}") from None
+    optimizer = getattr(model, "optimizer", None)
     for kernel, mask in assigned:
         compat.assign(kernel.mask, mask)
         compat.assign(kernel.kernel, np.where(mask, compat.to_numpy("kernel", kernel.kernel), 0))
+        for slot, initial in slots_of(optimizer, kernel.kernel):
+            compat.assign(slot, np.where(mask, compat.to_numpy("slot", slot), initial))
 
 
 def apply_masks(model: Any) -> None:
@@ -110,20 +118,17 @@ def reinitialize(model: Any, initializer: Any = None, seed: int | None = None) -
     """
     kernels = _require_masked(model)
     drawn_seed = _base_seed(None) if seed is None else check_seed(seed)
-    values = []
-    for kernel in kernels:
-        own = kernel.initializer if initializer is None else initializer
-        scaled = mask_aware(own, kernel.name, kernel.shape, kernel.layout)
-        own_seed = scaled.given_seed if seed is None else None
-        values.append(
-            scaled.draw(
-                kernel.shape,
-                compat.true_dtype(kernel.kernel),
-                kernel.mask_value(),
-                kernel.layout,
-                derive_seed(drawn_seed if own_seed is None else own_seed, kernel.seed_name),
-            )
-        )
+    scaled = [
+        mask_aware(kernel.initializer if initializer is None else initializer, kernel.name, kernel.shape, kernel.layout)
+        for kernel in kernels
+    ]
+
+    def draw(kernel: MaskedKernel, initializer: Any, mask: np.ndarray) -> np.ndarray:
+        own_seed = initializer.given_seed if seed is None else None
+        kernel_seed = derive_seed(drawn_seed if own_seed is None else own_seed, kernel.seed_name)
+        return initializer.draw(kernel.shape, compat.true_dtype(kernel.kernel), mask, kernel.layout, kernel_seed)
+
+    values = map_blocks(draw, kernels, scaled, [kernel.mask_value() for kernel in kernels])
     for kernel, value in zip(kernels, values, strict=True):
         compat.assign(kernel.kernel, value)
 

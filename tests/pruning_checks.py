@@ -102,8 +102,10 @@ def check_masks_change_what_the_model_computes_within_an_epoch(library):
     fit(model, MagnitudePruning(ConstantSparsity(0.5, 5, 5)), recorder, epochs=1)
     assert [m[0].sum() for _, _, m in recorder.ended] == [192] * 4 + [96] * 6
     for index in range(5, 10):
-        previous, kernel = recorder.ended[index - 1][1][0], recorder.ended[index][1][0]
-        assert ((kernel != previous) == recorder.ended[index][2][0]).mean() > 0.95
+        changed = recorder.ended[index][1][0] != recorder.ended[index - 1][1][0]
+        mask = recorder.ended[index][2][0]
+        # Units without outputs learn no more.
+        assert not changed[~mask].any() and changed[mask].mean() > 0.7
     # The reference: the same training in two parts with the mask set by hand in between.
     reference = network(library)
     reference.fit(X[:32], Y[:32], batch_size=8, shuffle=False, verbose=0)
@@ -228,8 +230,7 @@ def check_mixed_precision(library):
     assert [np.count_nonzero(kernel == 0) for kernel in kernels(model)] == [154, 38]
 
 
-PATTERNS = [("layer", None), ("global", None)]
-PATTERNS += [("layer", rule) for rule in (masks.NM(1, 4), masks.Block(0.9, (2, 2)), masks.ConstantFanIn(0.5))]
+PATTERNS = [("layer", None), ("global", None), ("layer", masks.NM(1, 4))]
 
 
 def cases(library):

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import threading
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from masked_layers import CASES, arguments, assert_sparse, data, half, masked_case, number, subclassed, weights_and_masks
+from masked_layers import (
+    CASES,
+    arguments,
+    assert_sparse,
+    data,
+    half,
+    masked_case,
+    number,
+    subclassed,
+    weights_and_masks,
+)
 
-from keras_sparse_init import Masked, masked_kernels
+from keras_sparse_init import (
+    Masked,
+    SparseHeNormal,
+    masked_kernels,
+    masks,
+    reinitialize,
+    set_masks,
+    sparsity_table,
+)
+from keras_sparse_init.sampling import derive_seed
 
 either_keras = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
 
@@ -156,7 +177,7 @@ def test_a_masked_layer_inside_another(library, outer):
     assert_variables(layer)
 
 
-def CellOf(library, dense):  # noqa: N802: a class, made for one of two Kerases.
+def CellOf(library, dense):  # A class, made for one of two Kerases.
     """A recurrent cell whose step is a dense layer."""
 
     @library.saving.register_keras_serializable("test_masked")
@@ -305,3 +326,205 @@ def test_a_mask_is_a_weight_that_is_not_trained(library):
     frozen = Masked(library.layers.Dense(4), sparsity=0.5, trainable=False)
     frozen.build((None, 5))
     assert not frozen.trainable_weights
+
+
+# What a call leaves behind.
+
+
+@either_keras
+def test_the_kernel_is_the_variable_again_after_an_exception(library):
+    class Failing(library.layers.Dense):
+        def call(self, inputs):
+            super().call(inputs)
+            raise RuntimeError("in the middle of a call")
+
+    masked = Masked(Failing(4), sparsity=0.5)
+    kernel = None
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="in the middle"):
+            masked(tf.constant(data(2, 5)))
+        assert_variables(masked)
+        assert kernel is None or masked.layer.kernel is kernel
+        kernel = masked.layer.kernel
+
+
+@either_keras
+def test_no_tensor_of_a_traced_function_is_left_in_the_layer(library):
+    masked = Masked(library.layers.Bidirectional(library.layers.LSTM(3)), sparsity=0.5)
+    traced = tf.function(masked)
+    x = tf.constant(data(2, 4, 5))
+    first = traced(x)
+    assert_variables(masked)
+    np.testing.assert_allclose(masked(x), first, rtol=1e-5, atol=1e-6)
+    for kernel in masked_kernels(masked):
+        kernel.kernel.assign(number(kernel.kernel) * 2)
+    assert (np.abs(traced(x) - first) > 1e-4).any()
+    np.testing.assert_allclose(masked(x), traced(x), rtol=1e-5, atol=1e-6)
+
+
+@either_keras
+def test_a_call_inside_a_while_loop(library):
+    masked = Masked(library.layers.Dense(4), mask=half(4, 4), seed=0)
+    x = data(2, 4)
+    masked(tf.constant(x))
+
+    @tf.function
+    def loop(start):
+        with tf.GradientTape() as tape:
+            result = tf.while_loop(lambda i, _: i < 3, lambda i, y: (i + 1, masked(y)), (0, start))[1]
+        kernel = masked.layer.kernel
+        return result, tape.gradient(result, kernel if library is tf_keras else kernel.value)
+
+    result, gradient = loop(tf.constant(x))
+    kernel = number(masked.layer.kernel)
+    np.testing.assert_allclose(result, x @ kernel @ kernel @ kernel, rtol=1e-4, atol=1e-5)
+    assert not gradient.numpy()[half(4, 4) == 0].any()
+    assert gradient.numpy().any()
+    assert_variables(masked)
+
+
+@either_keras
+def test_threads_that_call_one_layer_do_not_disturb_one_another(library):
+    """One thread puts kernel * mask into the layer while another is in the middle of its call."""
+    inside, meet = threading.Event(), threading.Event()
+
+    class Slow(library.layers.Dense):
+        def call(self, inputs):
+            if not inside.is_set():
+                inside.set()
+                meet.wait(0.3)
+            return super().call(inputs)
+
+    layer = Slow(4)
+    layer.build((None, 5))
+    masked = Masked(layer, mask=half(5, 4))
+    masked.build((None, 5))
+    layer.set_weights([np.ones((5, 4)), np.zeros(4)])
+    x, outputs = tf.ones((1, 5)), {}
+
+    def call(name):
+        with tf.GradientTape() as tape:
+            output = masked(x)
+        kernel = masked.layer.kernel if library is tf_keras else masked.layer.kernel.value
+        outputs[name] = output.numpy(), tape.gradient(output, kernel).numpy()
+
+    first = threading.Thread(target=call, args=["first"])
+    first.start()
+    inside.wait()
+    second = threading.Thread(target=call, args=["second"])
+    second.start()
+    for thread in (first, second):
+        thread.join()
+    for output, gradient in outputs.values():
+        np.testing.assert_array_equal(output, half(5, 4).sum(axis=0)[None])
+        np.testing.assert_array_equal(gradient, half(5, 4))
+    assert len(outputs) == 2
+    assert_variables(masked)
+
+
+@either_keras
+def test_a_layer_with_state_keeps_and_resets_it(library):
+    layers = library.layers
+    options = {"stateful": True, "batch_input_shape": (2, 5, 4)} if library is tf_keras else {"stateful": True}
+    masked, plain = Masked(layers.LSTM(3, **options), sparsity=0.5), layers.LSTM(3, **options)
+    x = tf.constant(data(2, 5, 4))
+    first = masked(x)
+    plain(x)
+    plain.set_weights(masked.layer.get_weights())
+    (plain.reset_states if library is tf_keras else plain.reset_state)()
+    np.testing.assert_allclose(plain(x), first, rtol=1e-5)
+    assert masked.stateful
+    second = masked(x)
+    np.testing.assert_allclose(second, plain(x), rtol=1e-5)
+    assert (np.abs(second - first) > 1e-4).any()
+    if library is tf_keras:
+        model = tf_keras.Sequential([masked])
+        model.reset_states()
+    else:
+        masked.reset_states()
+    np.testing.assert_allclose(masked(x), first, rtol=1e-5)
+
+
+@either_keras
+def test_activity_regularization_and_losses_of_the_layer_are_counted_once(library):
+    masked = Masked(library.layers.Dense(4, activity_regularizer="l2", kernel_regularizer="l2"), sparsity=0.5)
+    x = tf.constant(data(3, 5))
+    output = masked(x)
+    kernel = number(masked.layer.kernel)
+    expected = 0.01 * (kernel**2).sum() + 0.01 * (output.numpy() ** 2).sum() / 3
+    np.testing.assert_allclose(sum(float(loss) for loss in masked.losses), expected, rtol=1e-5)
+
+
+# Masks that change.
+
+
+def change_masks_after_an_epoch(library, rule):
+    class Change(library.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 0:
+                set_masks(self.model, rule, seed=epoch)
+
+    return Change()
+
+
+@either_keras
+@pytest.mark.parametrize("settings", [{}, {"jit_compile": True}], ids=str)
+def test_masks_that_a_callback_changes_take_effect_in_the_next_step(library, settings):
+    model = library.Sequential([library.Input((6,)), Masked(library.layers.Dense(4), mask=half(6, 4), seed=0)])
+    model.compile(library.optimizers.Adam(0.01, weight_decay=0.1), "mse", **settings)
+    x, y = data(16, 6), data(16, 4)
+    model.fit(x, y, batch_size=4, verbose=0)
+    ((_, before),) = weights_and_masks(model)
+    model.fit(
+        x, y, batch_size=4, epochs=2, verbose=0, callbacks=[change_masks_after_an_epoch(library, masks.Random(0.75))]
+    )
+    ((kernel, mask),) = weights_and_masks(model)
+    assert mask.sum() == 6
+    assert (mask > before).any()
+    # New weights have begun to grow from 0, others went to 0 and are not moved by their momentum.
+    assert kernel[(mask > before)].all()
+    np.testing.assert_allclose(
+        model.predict(x, verbose=0), x @ (kernel * mask) + number(model.layers[0].layer.bias), rtol=1e-4, atol=1e-5
+    )
+    assert not kernel[mask == 0].any()
+
+
+@either_keras
+def test_whole_model_functions_know_masked_layers(library):
+    layers = library.layers
+
+    def make():
+        return library.Sequential(
+            [
+                library.Input((8, 8, 3)),
+                Masked(layers.SeparableConv2D(4, 3, name="separable"), sparsity=0.5),
+                layers.Reshape((36, 4)),
+                Masked(layers.Bidirectional(layers.GRU(3), name="both_ways"), sparsity=0.5),
+                Masked(layers.Dense(4, kernel_initializer=SparseHeNormal(seed=3)), sparsity=0.5),
+            ]
+        )
+
+    model, other = make(), make()
+    kernels = masked_kernels(model)
+    assert [kernel.layout.name for kernel in kernels] == ["depthwise", "conv", "gru", "gru", "gru", "gru", "dense"]
+    assert [kernel.name.split("/")[0] for kernel in kernels[:-1]] == ["separable"] * 2 + ["both_ways"] * 4
+    assert [k.seed_name for k in kernels] == [k.seed_name for k in masked_kernels(other)]
+    for seed in (1, 2):
+        for each in (model, other):
+            set_masks(each, masks.Random(0.75), seed=seed)
+            reinitialize(each, seed=seed)
+        for first, second in zip(weights_and_masks(model), weights_and_masks(other), strict=True):
+            np.testing.assert_array_equal(first[0], second[0])
+            np.testing.assert_array_equal(first[1], second[1])
+        assert_sparse(model)
+    table = sparsity_table(model)
+    assert [row.nonzeros for row in table.rows] == [kernel.mask_value().sum() for kernel in kernels]
+    assert 0.74 < table.total.sparsity <= 0.75
+    reinitialize(model, SparseHeNormal(), seed=5)
+    expected = SparseHeNormal().draw(
+        (6, 4), "float32", kernels[-1].mask_value(), None, derive_seed(5, kernels[-1].seed_name)
+    )
+    np.testing.assert_array_equal(number(kernels[-1].kernel), expected)
+    kernels[0].mask.assign(np.full(kernels[0].shape, 0.5))
+    with pytest.raises(ValueError, match="separable/depthwise_kernel.*not a mask"):
+        kernels[0].mask_value()

@@ -59,7 +59,7 @@ def test_a_rule_gets_the_layout_of_each_kernel(library):
     masked = built(library.layers.DepthwiseConv2D((2, 2)), 6, 6, 5, mask=masks.ConstantFanIn(0.75), seed=0)
     mask, _ = mask_and_kernel(masked)
     np.testing.assert_array_equal(mask.sum(axis=(0, 1)), np.ones((5, 1)))
-    gates = built(library.layers.LSTM(3), 2, 4, mask=masks.ConstantFanIn(0.5), seed=0)
+    gates = built(library.layers.LSTM(3), 5, 4, mask=masks.ConstantFanIn(0.5), seed=0)
     assert [kernel.layout.blocks for kernel in masked_kernels(gates)] == [4, 4]
 
 
@@ -124,7 +124,9 @@ def test_another_initializer_is_matched_and_scaled_for_the_mask(library, name):
 
 @either_keras
 def test_each_kernel_has_a_seed_and_a_layout_of_its_own(library):
-    masked = built(library.layers.SeparableConv2D(6, 3, depthwise_initializer="he_normal"), 8, 8, 4, sparsity=0.5, seed=7)
+    masked = built(
+        library.layers.SeparableConv2D(6, 3, depthwise_initializer="he_normal"), 8, 8, 4, sparsity=0.5, seed=7
+    )
     for kernel, attribute, initializer in zip(
         masked_kernels(masked), ["depthwise_kernel", "pointwise_kernel"], ["he_normal", "glorot_uniform"], strict=True
     ):
@@ -265,10 +267,21 @@ def test_the_layers_precision_is_kept(library, policy):
 @pytest.mark.parametrize("outer, inner", [("mixed_bfloat16", "float32"), ("float32", "mixed_bfloat16")])
 def test_each_layer_inside_another_keeps_its_own_precision(library, outer, inner):
     def make():
-        return library.layers.TimeDistributed(library.layers.Dense(4, dtype=inner), dtype=outer)
+        class Outer(library.layers.Layer):
+            def __init__(self):
+                super().__init__(dtype=outer)
+                self.dense = library.layers.Dense(4, dtype=inner)
+
+            def build(self, input_shape):
+                self.dense.build(input_shape)
+
+            def call(self, inputs):
+                return self.dense(inputs)
+
+        return Outer()
 
     masked, plain = Masked(make(), mask=half(6, 4)), make()
-    x = tf.constant(data(2, 3, 6))
+    x = tf.constant(data(3, 6))
     masked(x)
     plain(x)
     plain.set_weights(masked.layer.get_weights())
@@ -379,10 +392,10 @@ def test_lora_is_refused_before_and_after_wrapping():
 
 
 def test_a_quantized_layer_is_refused():
-    layer = keras.layers.Dense(4)
+    layer = keras.layers.Dense(4, name="eight")
     layer.build((None, 6))
     layer.quantize("int8")
-    with pytest.raises(ValueError, match="quantized"):
+    with pytest.raises(ValueError, match="'eight' is quantized"):
         built(layer, 6, sparsity=0.5)
     masked = built(keras.layers.Dense(4), 6, sparsity=0.5)
     masked.layer.quantize("int8")

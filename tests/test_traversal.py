@@ -11,6 +11,10 @@ layers = tf_keras.layers
 X = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
 
 
+def run(model, x):
+    return model(x, training=False).numpy()
+
+
 def values(model):
     return [np.asarray(weight.read_value()) for weight in model.weights]
 
@@ -59,7 +63,7 @@ def everything():
     x = inner(shared(shared(inputs)))
     x = _Block()(x)
     x = tf_keras.Sequential([layers.Dense(10), layers.Dropout(0.1), layers.Dense(10)])(x)
-    x = layers.Bidirectional(layers.GRU(4))(layers.Reshape((2, 5))(x))
+    x = layers.Bidirectional(layers.SimpleRNN(4))(layers.Reshape((2, 5))(x))
     return tf_keras.Model(inputs, layers.Dense(3, name="out")(x))
 
 
@@ -91,7 +95,7 @@ def test_canonical_paths_do_not_depend_on_what_was_built_before():
     found = canonical(first)
     for name in ("model_0", "private__block_0/dense_0", "private__block_0/dense_4", "sequential_0/dense_1", "out"):
         assert name in found, found
-    assert any(name.endswith("forward_gru_0") for name in found)
+    assert any(name.endswith("forward_simple_rnn_0") for name in found)
 
 
 def test_canonical_paths_keep_names_that_were_given():
@@ -127,12 +131,12 @@ def test_the_owner_of_a_variable_is_the_layer_that_has_it_as_an_attribute():
 @pytest.mark.parametrize("replace", [keep, look_inside])
 def test_a_model_rebuilt_without_replacements_is_equal_and_apart(replace):
     model = everything()
-    model.compile("sgd", "mse")
-    model.fit(X, np.ones((4, 3)), verbose=0)  # Moves the statistics of the batch normalization.
+    model.compile("sgd", "mse", run_eagerly=True)
+    model.train_on_batch(X, np.ones((4, 3)))  # Moves the statistics of the batch normalization.
     before = values(model)
     new = traversal.rebuild(model, replace)
     assert not {id(weight) for weight in model.weights} & {id(weight) for weight in new.weights}
-    np.testing.assert_array_equal(new.predict(X, verbose=0), model.predict(X, verbose=0))
+    np.testing.assert_array_equal(run(new, X), run(model, X))
     assert paths(new) == paths(model)
     for old, copied, after in zip(before, values(new), values(model), strict=True):
         np.testing.assert_array_equal(old, copied)
@@ -210,7 +214,7 @@ def test_layers_inside_layers_are_replaced_where_they_are_and_keep_their_order()
     assert copied.fixed[1] == 3 and list(copied.keyed) == ["one"] and len(copied.listed) == 2
     for old, wrapped in ((block.listed[1], copied.listed[1]), (block.alone, copied.alone)):
         np.testing.assert_array_equal(old.kernel.numpy(), wrapped.layer.kernel.numpy())
-    np.testing.assert_array_equal(new.predict(X, verbose=0), model.predict(X, verbose=0))
+    np.testing.assert_array_equal(run(new, X), run(model, X))
     assert len(new.trainable_weights) == len(model.trainable_weights)
 
 
@@ -228,13 +232,13 @@ def test_a_subclassed_model_is_changed_in_place_with_its_weights_and_order():
             return self.last(self.block(self.norm(self.again(self.first(x)))))
 
     model = Model()
-    outputs = model.predict(X, verbose=0)
+    outputs = run(model, X)
     kernels = {id(layer.kernel) for layer in model._flatten_layers() if hasattr(layer, "kernel")}
     assert traversal.rebuild(model, replace_dense) is model
     assert model.again is model.first
     assert [getattr(layer, "layer", layer).name for layer in model.layers] == ["first", "norm", "block", "last"]
     assert {id(k.kernel) for k in masked_kernels(model)} == kernels
-    np.testing.assert_array_equal(model.predict(X, verbose=0), outputs)
+    np.testing.assert_array_equal(run(model, X), outputs)
 
 
 def test_a_subclassed_model_inside_a_functional_one_is_copied():
@@ -253,7 +257,7 @@ def test_a_subclassed_model_inside_a_functional_one_is_copied():
     new = traversal.rebuild(model, replace_dense)
     assert not any(traversal.is_mask_wrapper(layer) for layer in model._flatten_layers())
     assert [k.name for k in masked_kernels(new)] == [f"{inner.name}/dense/kernel", f"{inner.name}/inner/deep/kernel"]
-    np.testing.assert_array_equal(new.predict(X, verbose=0), model.predict(X, verbose=0))
+    np.testing.assert_array_equal(run(new, X), run(model, X))
     again = traversal.rebuild(new, keep)
     assert [k.name for k in masked_kernels(again)] == [k.name for k in masked_kernels(new)]
-    np.testing.assert_array_equal(again.predict(X, verbose=0), model.predict(X, verbose=0))
+    np.testing.assert_array_equal(run(again, X), run(model, X))

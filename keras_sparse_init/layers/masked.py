@@ -140,8 +140,11 @@ class Masked(MaskWrapper):
         self.built = True
 
     def _build_masks(self, fresh: bool) -> None:
-        if any(getattr(layer, "lora_enabled", False) for layer in _with_layers_below(self.layer)):
-            raise ValueError(_LORA.format(self.layer.name))
+        for part in self.layer._flatten_layers():
+            if getattr(part, "lora_enabled", False):
+                raise ValueError(_LORA.format(part.name))
+            if getattr(part, "quantization_mode", None) is not None:
+                raise ValueError(f"The layer {part.name!r} is quantized ({part.quantization_mode}) and cannot be masked")
         found = kernels_of(self.layer, self.weight_names)
         if not found:
             wanted = self.weight_names or "kernel, recurrent_kernel, depthwise_kernel, pointwise_kernel, embeddings"
@@ -249,6 +252,11 @@ class Masked(MaskWrapper):
         """The wrapped layer's output shape."""
         return self.layer.compute_output_shape(*args, **kwargs)
 
+    def reset_states(self) -> None:
+        """Resets the state of a stateful recurrent layer."""
+        reset = getattr(self.layer, "reset_states", None) or self.layer.reset_state
+        reset()
+
     def get_build_config(self) -> dict[str, Any] | None:
         """The shapes that the wrapped layer was built with; None when it is not built."""
         if not self.built:
@@ -301,8 +309,8 @@ class Masked(MaskWrapper):
         # Another replica's product may stand there.
         if current is None or (compat.is_variable(current) and current is not slot.kernel):
             raise ValueError(
-                f"The layer {slot.owner.name!r} no longer has the kernel {slot.name!r} that is masked. Quantize and "
-                "convert layers before they are wrapped in `Masked`, or after `strip`"
+                f"The layer {slot.owner.name!r} no longer has the kernel {slot.name!r} that is masked. To quantize "
+                "or convert a layer, take it out of `Masked` with `strip` first"
             )
 
     def _require_built(self) -> None:
@@ -365,10 +373,6 @@ def _all_but_first_by_name(names: list[str], args: Any, kwargs: Any) -> tuple[An
 
 def _layout(place: KernelPlace) -> fans.KernelLayout:
     return fans.kernel_layout(place.owner, place.shape, weight_name=place.attribute)
-
-
-def _with_layers_below(layer: Any) -> list[Any]:
-    return list(layer._flatten_layers())
 
 
 def _mask_to_config(mask: Any) -> dict[str, Any]:
