@@ -315,3 +315,12 @@ def iterations(model: Any) -> int:
     if optimizer is None:
         raise ValueError(f"`model` must be compiled. Received: the model {model.name!r} without an optimizer")
     return int(to_numpy("iterations", optimizer.iterations))
+
+
+def require_built(wrapper: Any) -> None:
+    """Raises a ValueError that names a wrapper of masks, ours or tfmot's, when it is not built."""
+    if not wrapper.built:
+        raise ValueError(
+            f"The layer {wrapper.name!r} has no mask yet because it is not built. Build the model first: call it on "
+            "data, call `model.build(input_shape)`, or give the first layer an input shape."
+        )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_sparse_init import compat, fans, tfmot, traversal
+from keras_sparse_init import compat, fans, tfmot_wrapper, traversal
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +77,11 @@ def masked_kernels(model: Any) -> list[MaskedKernel]:
     for path, canonical, wrapper in traversal.walk(model):
         if not traversal.is_mask_wrapper(wrapper):
             continue
-        pairs = tfmot.kernels_and_masks(wrapper) if tfmot.is_wrapper(wrapper) else wrapper.kernels_and_masks()
+        pairs = (
+            tfmot_wrapper.kernels_and_masks(wrapper)
+            if tfmot_wrapper.is_wrapper(wrapper)
+            else wrapper.kernels_and_masks()
+        )
         for kernel, mask in pairs:
             below, canonical_below, owner, attribute = traversal.owner_of(wrapper.layer, kernel)
             found.append(

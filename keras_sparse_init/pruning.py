@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from keras_sparse_init import compat, tfmot, traversal
+from keras_sparse_init import compat, tfmot_wrapper, traversal
 from keras_sparse_init.magnitude import check_pattern, check_rule, global_magnitude_masks, magnitude_mask
 from keras_sparse_init.masked_kernel import MaskedKernel, masked_kernels
 from keras_sparse_init.schedules import ConstantSparsity, PolynomialDecay, PruningSchedule
@@ -230,7 +230,7 @@ def _kernels(model: Any) -> list[MaskedKernel]:
             "`Masked`, or see `sparsify`"
         )
     for _, _, layer in traversal.walk(model):
-        if tfmot.is_wrapper(layer) and not tfmot.is_static(layer):
+        if tfmot_wrapper.is_wrapper(layer) and not tfmot_wrapper.is_static(layer):
             raise ValueError(
                 f"The layer {layer.name!r} is pruned by tfmot with a schedule of its own. Use tfmot's callback or "
                 "`tfmot.UpdatePruningStep`, or wrap the layer in `Masked`"

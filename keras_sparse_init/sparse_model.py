@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from keras_sparse_init import compat, fans, masks, tfmot, traversal
+from keras_sparse_init import compat, fans, masks, tfmot, tfmot_wrapper, traversal
 from keras_sparse_init.arguments import check_choice, check_seed, check_sparsity
 from keras_sparse_init.blocks import map_blocks
 from keras_sparse_init.layers import Masked
@@ -288,7 +288,7 @@ def strip(model: Any) -> Any:
         if not traversal.is_mask_wrapper(layer):
             return None
         plain = copy(layer.layer)
-        if tfmot.is_wrapper(layer):
+        if tfmot_wrapper.is_wrapper(layer):
             tfmot.release(plain)
         return plain
 

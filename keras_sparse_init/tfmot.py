@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import tensorflow as tf
 import tf_keras
 
-from keras_sparse_init import registration
+from keras_sparse_init import compat, registration
+from keras_sparse_init.tfmot_wrapper import is_static, is_wrapper
 
 if TYPE_CHECKING:
     from keras_sparse_init.tfmot_static import StaticPruneLowMagnitude
@@ -28,34 +29,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def is_wrapper(layer: Any) -> bool:
-    """Whether a layer is tfmot's `PruneLowMagnitude` or a subclass of it."""
-    return any(
-        c.__name__ == "PruneLowMagnitude" and c.__module__.startswith("tensorflow_model_optimization")
-        for c in type(layer).__mro__
-    )
-
-
-def is_static(layer: Any) -> bool:
-    """Whether a layer is a `StaticPruneLowMagnitude`."""
-    return any(c.__name__ == "StaticPruneLowMagnitude" for c in type(layer).__mro__)
-
-
 def wrappers(model: tf_keras.layers.Layer) -> list[Any]:
     """All `PruneLowMagnitude` wrappers of a model or layer in model order, also inside other layers; each once."""
     found = {id(layer): layer for layer in model._flatten_layers() if is_wrapper(layer)}
     return list(found.values())
-
-
-def kernels_and_masks(wrapper: Any) -> list[tuple[tf.Variable, tf.Variable]]:
-    """The prunable weights of a wrapper, each with its mask.
-
-    Raises:
-        ValueError: When the wrapper is not built: it has no masks yet.
-    """
-    _require_built(wrapper)
-    # `layer.weights[2]` would be the threshold, not the mask, in a layer without a bias.
-    return [(kernel, mask) for kernel, mask, _ in wrapper.pruning_vars]
 
 
 def can_wrap(layer: tf_keras.layers.Layer) -> bool:
@@ -97,23 +74,6 @@ def static_wrapper(layer: tf_keras.layers.Layer) -> StaticPruneLowMagnitude:
     return StaticPruneLowMagnitude(layer)
 
 
-def wrap_like(wrapper: Any, layer: tf_keras.layers.Layer) -> Any:
-    """Another wrapper of the same kind and settings around another layer, whose weights and masks are its own."""
-    if is_static(wrapper):
-        new = static_wrapper(layer)
-    else:
-        new = type(wrapper)(
-            layer,
-            pruning_schedule=wrapper.pruning_schedule,
-            block_size=wrapper.block_size,
-            block_pooling_type=wrapper.block_pooling_type,
-            sparsity_m_by_n=wrapper.sparsity_m_by_n,
-        )
-    if layer.built:
-        new.build(None)
-    return new
-
-
 def release(layer: tf_keras.layers.Layer) -> None:
     """Takes from a layer what a wrapper around it has added to it, so that it can go on without."""
     from keras_sparse_init import tfmot_static
@@ -146,7 +106,7 @@ def fix_precision(model: tf_keras.layers.Layer) -> None:
     """
     found = wrappers(model)
     for wrapper in found:
-        _require_built(wrapper)
+        compat.require_built(wrapper)
     for wrapper in found:
         _fix_precision(wrapper)
     if isinstance(model, tf_keras.Model):
@@ -256,11 +216,3 @@ def _fix_precision(wrapper: Any) -> None:
     from keras_sparse_init.tfmot_static import raw_variables
 
     wrapper.pruning_obj._pruning_vars = raw_variables(wrapper.pruning_vars)
-
-
-def _require_built(wrapper: Any) -> None:
-    if not wrapper.built:
-        raise ValueError(
-            f"The layer {wrapper.name!r} has no mask yet because it is not built. Build the model first: call it on "
-            "data, call `model.build(input_shape)`, or give the first layer an input shape."
-        )

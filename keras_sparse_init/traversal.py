@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from keras_sparse_init import compat, tfmot
+from keras_sparse_init import compat, tfmot_wrapper
 from keras_sparse_init.initializers import SparseScaledInit
 
 Replace = Callable[[Any, Callable[[Any], Any]], Any]
@@ -32,7 +32,7 @@ class MaskWrapper:
 
 def is_mask_wrapper(layer: Any) -> bool:
     """Whether a layer holds the masks of the layer inside it."""
-    return isinstance(layer, MaskWrapper) or tfmot.is_wrapper(layer)
+    return isinstance(layer, MaskWrapper) or tfmot_wrapper.is_wrapper(layer)
 
 
 class KernelPlace(NamedTuple):
@@ -295,8 +295,8 @@ def _wrap_inside(old: Any, new: Any) -> None:
         if isinstance(old_layer, library.Model) and _is_graph_network(old_layer, library):
             return _rebuild(old_layer, lambda layer, copy: copy(layer), {}), False
         if is_mask_wrapper(old_layer) and not is_mask_wrapper(new_layer):
-            if tfmot.is_wrapper(old_layer):
-                return tfmot.wrap_like(old_layer, new_layer), False
+            if tfmot_wrapper.is_wrapper(old_layer):
+                return tfmot_wrapper.wrap_like(old_layer, new_layer), False
             return old_layer.wrap_like(new_layer), False
         return new_layer, not is_mask_wrapper(old_layer)
 

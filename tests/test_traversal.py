@@ -4,8 +4,8 @@ import pytest
 import tf_keras
 from tensorflow_model_optimization.sparsity import keras as sparsity
 
-from keras_sparse_init import masked_kernels, masks, set_masks, traversal
-from keras_sparse_init.tfmot import static_wrapper
+from keras_sparse_init import masked_kernels, masks, set_masks, tfmot, traversal
+from keras_sparse_init.tfmot import static_wrapper, wrappers
 
 layers = tf_keras.layers
 X = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
@@ -174,7 +174,7 @@ def test_wrappers_that_a_config_does_not_tell_of_are_copied_with_their_masks():
         assert len(masked_kernels(new)) == 4
         for old, copied in zip(values(model), values(new), strict=True):
             np.testing.assert_array_equal(old, copied)
-        for old, copied in zip(traversal.tfmot.wrappers(model), traversal.tfmot.wrappers(new), strict=True):
+        for old, copied in zip(tfmot.wrappers(model), tfmot.wrappers(new), strict=True):
             assert type(old) is type(copied) and old is not copied
             assert old.pruning_schedule.get_config() == copied.pruning_schedule.get_config()
 

@@ -123,7 +123,7 @@ class Masked(MaskWrapper):
         Raises:
             ValueError: When the layer is not built.
         """
-        self._require_built()
+        compat.require_built(self)
         return [(slot.kernel, slot.mask) for slot in self._slots]
 
     def build(self, input_shape: Any = None) -> None:
@@ -144,14 +144,18 @@ class Masked(MaskWrapper):
             if getattr(part, "lora_enabled", False):
                 raise ValueError(_LORA.format(part.name))
             if getattr(part, "quantization_mode", None) is not None:
-                raise ValueError(f"The layer {part.name!r} is quantized ({part.quantization_mode}) and cannot be masked")
+                raise ValueError(
+                    f"The layer {part.name!r} is quantized ({part.quantization_mode}) and cannot be masked"
+                )
         found = kernels_of(self.layer, self.weight_names)
         if not found:
             wanted = self.weight_names or "kernel, recurrent_kernel, depthwise_kernel, pointwise_kernel, embeddings"
             raise ValueError(f"`layer` must have a kernel to mask ({wanted}). Received: the layer {self.layer.name!r}")
         given = self._given_by_name(found)
         base = random.randint(1, 10**9) if self.seed is None else self.seed
-        values = {place.name: self._mask_value(place, given[place.name], base) for place in found if place.name in given}
+        values = {
+            place.name: self._mask_value(place, given[place.name], base) for place in found if place.name in given
+        }
         for place in found:
             kernel, value = place.kernel, values.get(place.name)
             if value is not None and not compat.is_restored(kernel):
@@ -168,9 +172,7 @@ class Masked(MaskWrapper):
             return compat.nonzero_pattern(kernel, dtype)
 
         name = f"{name.replace('/', '_')}_mask"
-        mask = self.add_weight(
-            name=name, shape=tuple(kernel.shape), initializer=initial, dtype=dtype, trainable=False
-        )
+        mask = self.add_weight(name=name, shape=tuple(kernel.shape), initializer=initial, dtype=dtype, trainable=False)
         # Checkpoints of Keras 3 find a weight by the attribute that holds it.
         setattr(self, name, mask)
         return mask
@@ -311,13 +313,6 @@ class Masked(MaskWrapper):
             raise ValueError(
                 f"The layer {slot.owner.name!r} no longer has the kernel {slot.name!r} that is masked. To quantize "
                 "or convert a layer, take it out of `Masked` with `strip` first"
-            )
-
-    def _require_built(self) -> None:
-        if not self.built:
-            raise ValueError(
-                f"The layer {self.name!r} has no mask yet because it is not built. Build the model first: call it on "
-                "data, call `model.build(input_shape)`, or give the first layer an input shape."
             )
 
 
