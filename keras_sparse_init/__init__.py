@@ -13,7 +13,10 @@ from keras_sparse_init import registration
 from keras_sparse_init._version import __version__
 
 _HOME = {
+    "ConstantSparsity": "pruning",
+    "MagnitudePruning": "pruning",
     "Masked": "layers",
+    "PolynomialDecay": "pruning",
     "SparseGlorotNormal": "initializers",
     "SparseGlorotUniform": "initializers",
     "SparseHeNormal": "initializers",
@@ -21,16 +24,20 @@ _HOME = {
     "SparseLecunNormal": "initializers",
     "SparseLecunUniform": "initializers",
     "SparseScaledInit": "initializers",
+    "UpdatePruningStep": "tfmot",
     "fans": None,
+    "fix_precision": "tfmot",
     "gain": "variance",
     "kernel_layout": "fans",
     "layer_sparsities": "masks",
+    "magnitude_prune": "pruning",
     "masked_kernels": "sparse_model",
     "masks": None,
     "reinitialize": "sparse_model",
     "set_masks": "sparse_model",
     "sparsify": "sparse_model",
     "sparsity_table": "sparse_model",
+    "static_wrapper": "tfmot",
     "strip": "sparse_model",
 }
 

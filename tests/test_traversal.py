@@ -5,7 +5,7 @@ import tf_keras
 from tensorflow_model_optimization.sparsity import keras as sparsity
 
 from keras_sparse_init import masked_kernels, masks, set_masks, tfmot, traversal
-from keras_sparse_init.tfmot import static_wrapper, wrappers
+from keras_sparse_init.tfmot import static_wrapper
 
 layers = tf_keras.layers
 X = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
