@@ -133,7 +133,15 @@ def true_dtype(variable: Any) -> str:
 
 def assign(variable: Any, values: np.ndarray) -> None:
     """Stores an array of any numeric type in a variable of either Keras."""
-    variable.assign(values.astype(numpy_dtype(true_dtype(variable))))
+    _assign(variable, values.astype(numpy_dtype(true_dtype(variable))))
+
+
+def _assign(variable: Any, value: Any) -> None:
+    variable = getattr(variable, "_variable", variable)
+    # Those of a mirrored variable one by one: a layer that is built by a replica reaches the copy of that one alone.
+    copies = getattr(variable, "values", None) if isinstance(variable, tf.Variable) else None
+    for part in copies or (variable,):
+        part.assign(value)
 
 
 def register_in(library: Any, cls: Class) -> Class:
@@ -262,7 +270,7 @@ def is_restored(variable: Any) -> bool:
 def initialize(variable: Any, initializer: Callable[..., Any]) -> None:
     """Gives a new variable another initial value: `initializer(shape, dtype)`."""
     if has_value(variable):
-        variable.assign(initializer(tuple(variable.shape), _own_dtype(variable)))
+        _assign(variable, initializer(tuple(variable.shape), _own_dtype(variable)))
     else:
         variable._initializer = initializer
 

@@ -2,17 +2,29 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 
 def pytest_collection_finish(session):
-    """Two virtual CPUs for test_distribution: possible only until TensorFlow runs its first operation."""
-    if any(item.path.name == "test_distribution.py" for item in session.items):
+    """Two virtual CPUs for the tests of tf.distribute: possible only until TensorFlow runs its first operation."""
+    if any(item.path.name.endswith("distribution.py") for item in session.items):
         import contextlib
 
         import tensorflow as tf
 
-        with contextlib.suppress(RuntimeError):  # Too late: the tests of that file say so.
+        with contextlib.suppress(RuntimeError):  # Too late: those tests say so.
             two = [tf.config.LogicalDeviceConfiguration()] * 2
             tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], two)
+
+
+@pytest.fixture(scope="session")
+def strategy():
+    """One for all tests: a second MirroredStrategy in a process gets into the way of the first."""
+    import tensorflow as tf
+
+    devices = tf.config.list_logical_devices("CPU")
+    assert len(devices) == 2, "TensorFlow ran an operation while tests were collected, before it could be split"
+    return tf.distribute.MirroredStrategy([device.name for device in devices])

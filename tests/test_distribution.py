@@ -13,13 +13,6 @@ from keras_sparse_init import SparseGlorotUniform, SparseHeNormal, masks
 either_keras = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
 
 
-@pytest.fixture(scope="module")
-def strategy():
-    devices = tf.config.list_logical_devices("CPU")
-    assert len(devices) == 2, "TensorFlow ran an operation while tests were collected, before conftest could split it"
-    return tf.distribute.MirroredStrategy([device.name for device in devices])
-
-
 def network(library, **settings):
     layers = library.layers
     return library.Sequential(

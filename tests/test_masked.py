@@ -528,3 +528,16 @@ def test_whole_model_functions_know_masked_layers(library):
     kernels[0].mask.assign(np.full(kernels[0].shape, 0.5))
     with pytest.raises(ValueError, match="separable/depthwise_kernel.*not a mask"):
         kernels[0].mask_value()
+
+
+@pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
+def test_weights_that_set_masks_removes_in_the_midst_of_training_stay_zero(library):
+    model = library.Sequential([library.layers.Input((6,)), Masked(library.layers.Dense(4))])
+    model.compile(library.optimizers.SGD(0.1, momentum=0.9), "mse")
+    data = np.random.default_rng(0)
+    x, y = data.normal(size=(32, 6)), data.normal(size=(32, 4))
+    model.fit(x, y, epochs=2, verbose=0)
+    set_masks(model, masks.Random(0.5), seed=0)
+    model.fit(x, y, epochs=2, verbose=0)
+    kernel = masked_kernels(model)[0]
+    assert np.count_nonzero(np.asarray(model.layers[0].layer.get_weights()[0])[~kernel.mask_value()]) == 0
