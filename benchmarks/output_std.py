@@ -57,7 +57,7 @@ def main() -> None:
     table = Table("initialization", *(f"{sparsity:.0%} sparse" for sparsity in SPARSITIES))
     for granularity, row in results.items():
         table.add_row(granularity, *(f"{row[sparsity]:.2g}" for sparsity in SPARSITIES))
-    Console().print(table)
+    Console(width=110).print(table)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")
     print(f"Written to {arguments.output}")

@@ -86,6 +86,7 @@ def _train(arguments: argparse.Namespace) -> int:
         job, config = make_job(files, arguments.gin_bindings)
     except (ValueError, OSError) as error:
         return _fail(error, code=2)
+    print(job, flush=True)
     try:
         result = job.run(arguments.output_dir, config=config)
     except FloatingPointError as error:

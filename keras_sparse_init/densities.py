@@ -69,6 +69,8 @@ def layer_sparsities(
     if method not in get_args(SparsityMethod):
         allowed = ", ".join(map(repr, get_args(SparsityMethod)))
         raise ValueError(f"`method` must be one of {allowed}. Received: method={method!r}")
+    if not isinstance(shapes, Mapping):
+        raise TypeError(f"`shapes` must map names to shapes. Received: shapes={shapes!r}")
     shapes = {name: check_shape(shape) for name, shape in shapes.items()}
     if unknown := [name for name in fixed or {} if name not in shapes]:
         raise ValueError(f"`fixed` must name layers among {list(shapes)}. Received: {unknown}")

@@ -31,6 +31,9 @@ class SparseScaledInit(compat.Initializer):
         layer: var(w)    = scale / (dense fan * density of the layer)
         dense: var(w)    = scale / dense fan (the mask only zeroes: what happens when masks are ignored)
 
+    An initializer only sets the starting values: with a bare `kernel_initializer=SparseScaledInit(sparsity=0.95)` the
+    zeros train away. `Masked(layer)` or `sparsify` keep them at 0.
+
     Fans below 1 count as 1. A unit without inputs is all 0. The same seed gives the same bits in every process, on
     every replica and backend; calling twice gives the same values.
 

@@ -32,6 +32,9 @@ class MaskedKernel:
     initializer: Any
     seed_name: str
 
+    def __repr__(self) -> str:
+        return f"MaskedKernel({self.name!r}, shape={self.shape}, layout={self.layout.name!r})"
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The kernel's shape."""

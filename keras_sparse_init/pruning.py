@@ -39,7 +39,7 @@ def magnitude_prune(model: Any, sparsity: float, scope: Scope = "layer", rule: A
     Example:
         >>> import keras, numpy as np
         >>> from keras_sparse_init import Masked, sparsity_table
-        >>> from keras_sparse_init.pruning import magnitude_prune
+        >>> from keras_sparse_init import magnitude_prune
         >>> layers = keras.layers
         >>> model = keras.Sequential([layers.Input((8,)), Masked(layers.Dense(4)), Masked(layers.Dense(2))])
         >>> magnitude_prune(model, 0.75, scope="global")
@@ -104,7 +104,7 @@ class MagnitudePruning(compat.Callback):
     Example:
         >>> import keras, numpy as np
         >>> from keras_sparse_init import Masked, strip
-        >>> from keras_sparse_init.pruning import MagnitudePruning, PolynomialDecay
+        >>> from keras_sparse_init import MagnitudePruning, PolynomialDecay
         >>> model = keras.Sequential([keras.layers.Input((20,)), Masked(keras.layers.Dense(10))])
         >>> model.compile("adam", "mse")
         >>> pruning = MagnitudePruning(PolynomialDecay(0.0, 0.9, begin_step=1, end_step=9, frequency=2))

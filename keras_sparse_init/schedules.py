@@ -78,7 +78,7 @@ class ConstantSparsity(PruningSchedule):
         ValueError: When an argument is out of range.
 
     Example:
-        >>> from keras_sparse_init.schedules import ConstantSparsity
+        >>> from keras_sparse_init import ConstantSparsity
         >>> schedule = ConstantSparsity(0.5, begin_step=10, end_step=30, frequency=10)
         >>> [step for step in range(50) if schedule(step)[0]], schedule(10)[1]
         ([10, 20, 30], 0.5)
@@ -118,7 +118,7 @@ class PolynomialDecay(PruningSchedule):
         ValueError: When an argument is out of range.
 
     Example:
-        >>> from keras_sparse_init.schedules import PolynomialDecay
+        >>> from keras_sparse_init import PolynomialDecay
         >>> schedule = PolynomialDecay(0.0, 0.875, begin_step=0, end_step=200)
         >>> [schedule(step) for step in (0, 50, 100, 200)]
         [(True, 0.0), (False, 0.505859375), (True, 0.765625), (True, 0.875)]

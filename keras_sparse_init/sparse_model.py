@@ -230,7 +230,7 @@ def sparsify(
     if left_dense:
         warnings.warn(
             f"tfmot cannot wrap these layers, which stay dense: {', '.join(left_dense)}. "
-            "Name them in `skip` if that is meant.",
+            "Name them in `skip` if that is meant; `wrapper='masked'` masks them.",
             stacklevel=2,
         )
     levels = masks.layer_sparsities({kernel.name: kernel.shape for kernel in kernels}, sparsity, method)

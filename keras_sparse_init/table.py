@@ -85,6 +85,8 @@ class SparsityTable:
         return {"rows": [dataclasses.asdict(row) for row in self.rows], "total": dataclasses.asdict(self.total)}
 
     def __str__(self) -> str:
+        if not self.rows:
+            return "no masked kernels: see `Masked` and `sparsify`"
         header = ("kernel", "shape", "sparsity", "nonzeros", "fan-in min", "mean", "max", "dead units")
         lines = [
             (

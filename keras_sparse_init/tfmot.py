@@ -62,7 +62,7 @@ def static_wrapper(layer: tf_keras.layers.Layer) -> StaticPruneLowMagnitude:
     Example:
         >>> import numpy as np, tf_keras
         >>> from keras_sparse_init import SparseHeNormal
-        >>> from keras_sparse_init.tfmot import static_wrapper
+        >>> from keras_sparse_init import static_wrapper
         >>> dense = tf_keras.layers.Dense(10, kernel_initializer=SparseHeNormal(sparsity=0.9, seed=0))
         >>> wrapper = static_wrapper(dense)
         >>> wrapper.build((None, 20))
@@ -99,7 +99,7 @@ def fix_precision(model: tf_keras.layers.Layer) -> None:
     Example:
         >>> import tf_keras
         >>> from tensorflow_model_optimization.sparsity.keras import prune_low_magnitude
-        >>> from keras_sparse_init.tfmot import fix_precision
+        >>> from keras_sparse_init import fix_precision
         >>> dense = tf_keras.layers.Dense(10, dtype=tf_keras.mixed_precision.Policy("mixed_bfloat16"))
         >>> model = prune_low_magnitude(tf_keras.Sequential([tf_keras.layers.Input((20,)), dense]))
         >>> fix_precision(model)
@@ -128,7 +128,7 @@ class UpdatePruningStep(tf_keras.callbacks.Callback):
     Example:
         >>> import numpy as np, tf_keras
         >>> from tensorflow_model_optimization.sparsity import keras as sparsity
-        >>> from keras_sparse_init.tfmot import UpdatePruningStep
+        >>> from keras_sparse_init import UpdatePruningStep
         >>> schedule = sparsity.PolynomialDecay(0.0, 0.9, begin_step=0, end_step=4, frequency=1)
         >>> model = sparsity.prune_low_magnitude(tf_keras.Sequential([tf_keras.layers.Dense(10)]), schedule)
         >>> model.compile("sgd", "mse")

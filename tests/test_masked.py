@@ -35,6 +35,11 @@ from keras_sparse_init.sampling import derive_seed
 either_keras = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
 
 
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    keras.utils.set_random_seed(0)
+
+
 def outputs_and_gradients(layer, args, kwargs):
     variables = [weight if isinstance(weight, tf.Variable) else weight.value for weight in layer.trainable_weights]
     with tf.GradientTape() as tape:
@@ -221,12 +226,12 @@ def test_masks_of_an_embedding_reach_the_layer_behind_it(library):
     masked, plain = model(lambda layer: Masked(layer, sparsity=0.5, seed=0)), model(lambda layer: layer)
     plain.set_weights([weight for layer in masked.layers for weight in layer.layer.get_weights()])
     tokens = np.array([[1, 2, 0, 0, 0], [3, 4, 5, 6, 0]])
-    np.testing.assert_allclose(masked.predict(tokens, verbose=0), plain.predict(tokens, verbose=0), rtol=1e-5)
-    other = masked.predict(tokens[:, :4], verbose=0)[0]
-    np.testing.assert_allclose(other, plain.predict(tokens, verbose=0)[0], rtol=1e-5)
-    if library is keras:
-        model = keras.Sequential([*masked.layers])
-        assert model.layers[0].compute_mask(tokens).shape == (2, 5)
+    expected = number(plain(tf.constant(tokens)))
+    np.testing.assert_allclose(masked(tf.constant(tokens)), expected, rtol=1e-5)
+    # What the tokens that are masked stand for does not matter.
+    embedding = masked.layers[0].layer
+    embedding.set_weights([number(embedding.embeddings) + np.eye(7, 1) * masked.layers[0].embeddings_mask])
+    np.testing.assert_allclose(masked(tf.constant(tokens)), expected, rtol=1e-5)
 
 
 def functional(library, wrap):
@@ -401,11 +406,11 @@ def test_threads_that_call_one_layer_do_not_disturb_one_another(library):
     masked.build((None, 5))
     layer.set_weights([np.ones((5, 4)), np.zeros(4)])
     x, outputs = tf.ones((1, 5)), {}
+    kernel = layer.kernel if library is tf_keras else layer.kernel.value
 
     def call(name):
         with tf.GradientTape() as tape:
             output = masked(x)
-        kernel = masked.layer.kernel if library is tf_keras else masked.layer.kernel.value
         outputs[name] = output.numpy(), tape.gradient(output, kernel).numpy()
 
     first = threading.Thread(target=call, args=["first"])

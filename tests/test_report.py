@@ -26,6 +26,10 @@ def _run(directory, **changes):
         "sparsity": 0.95,
         "seed": 0,
         "steps": 2000,
+        "data": "digits",
+        "method": "erk",
+        "test_images": 360,
+        "early": {"step": 100, "test_accuracy": 0.85},
         "test_accuracy": 0.9611,
         "loss": 0.00025,
         "seconds": 12.34,
@@ -41,17 +45,22 @@ def test_runs_are_rows_in_the_order_given_with_their_numbers(tmp_path):
     assert lines[0].split("  ")[0] == "network" and "test accuracy" in lines[0]
     assert lines[2].split() == [
         "lenet5",
+        "digits",
         "scratch",
         "unit",
         "95.00%",
+        "erk",
         "0",
         "2000",
+        "85.00%",
+        "@100",
         "96.11%",
         "0.0003",
         "12.3",
         str(runs[0]),
     ]
     assert "50.00%" in lines[3] and lines[3].endswith(str(runs[1]))
+    assert "360 test images (one is 0.28%)" in lines[5]
 
 
 def test_runs_with_the_same_layers_share_their_table_and_others_have_their_own(tmp_path):
@@ -78,7 +87,7 @@ def test_what_is_no_finished_run_is_refused(tmp_path):
         report([])
     _run(tmp_path / "old")
     (tmp_path / "old" / "summary.json").write_text('{"network": "lenet5"}')
-    with pytest.raises(ValueError, match="lacks 'experiment'"):
+    with pytest.raises(ValueError, match="lacks 'test_images'"):
         report([tmp_path / "old"])
     (tmp_path / "old" / "summary.json").write_text("{")
     with pytest.raises(ValueError, match="not a run's summary"):

@@ -71,4 +71,4 @@ def test_the_text_has_a_line_for_each_row_and_the_total_and_columns_that_align()
         len({line.rindex(cell) + len(cell) for line, cell in zip(lines[1:3], ("66.67%", "100.00%"), strict=True)}) == 1
     )
     assert all(line == line.rstrip() for line in lines)
-    assert str(SparsityTable([])).splitlines()[1].split() == ["total", "0.00%", "0", "0"]
+    assert str(SparsityTable([])) == "no masked kernels: see `Masked` and `sparsify`"

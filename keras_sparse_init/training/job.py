@@ -104,6 +104,15 @@ class Job:
 
         return sparsity_table(self.model)
 
+    def __str__(self) -> str:
+        what, images = (
+            self.experiment.describe(),
+            f"{len(self.data.x_train)} train, {len(self.data.x_test)} test images",
+        )
+        sparse = f"{self.table().total.sparsity:.1%} sparse by {what['method']}"
+        steps = f"init {what['init']}, {self.steps} steps of {self.batch}"
+        return f"{self.network} on {self.data.name} ({images}), {sparse}, {steps}"
+
     def run(self, output_dir: str | os.PathLike[str] | None = None, config: str | None = None) -> TrainResult:
         """Trains, and writes the results: metrics.csv, model.keras, masks.npz, summary.json.
 
@@ -130,7 +139,7 @@ class Job:
         if config is not None:
             (directory / "operative_config.gin").write_text(config, encoding="utf-8")
         started = time.perf_counter()
-        metrics = self._fit(directory / "metrics.csv")
+        early, metrics = self._fit(directory / "metrics.csv")
         seconds = time.perf_counter() - started
 
         from keras_sparse_init.sparse_model import apply_masks, masked_kernels, strip
@@ -147,6 +156,8 @@ class Job:
             "sparsity": table.total.sparsity,
             "seed": self.seed,
             "data": self.data.name,
+            "test_images": len(self.data.x_test),
+            "early": {"step": early["step"], "test_accuracy": early["test_accuracy"]},
             "test_accuracy": test_accuracy,
             "test_loss": test_loss,
             "loss": metrics["loss"],
@@ -162,7 +173,8 @@ class Job:
         run_dir.write_summary(directory, summary)
         return TrainResult(directory, plain, table, summary)
 
-    def _fit(self, metrics_path: Path) -> dict[str, float]:
+    def _fit(self, metrics_path: Path) -> tuple[dict[str, float], dict[str, float]]:
+        """Trains, and returns the first and the last row of the metrics."""
         import tf_keras as keras
 
         self.model.compile(
@@ -178,7 +190,7 @@ class Job:
         ) as progress:
             follow = keras.callbacks.LambdaCallback(on_train_batch_end=progress.on_batch_end)
             self.model.fit(self._batches(), callbacks=[follow], verbose=0)
-        return progress.last
+        return progress.first, progress.last
 
     def _batches(self) -> Any:
         """The batches of all steps: the images in a new order each epoch, without a break between epochs."""

@@ -31,6 +31,7 @@ class Progress:
     def __init__(
         self, path: Path, steps: int, log_every: int, evaluate: Callable[[], float], reset: Callable[[], None]
     ) -> None:
+        self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self._steps, self._log_every = steps, log_every
         self._evaluate, self._reset = evaluate, reset
@@ -76,6 +77,7 @@ class Progress:
         self._reset()
         self._rows.writerow(row)
         self._file.flush()
+        self.first = self.first or row
         self.last = row
         text = "loss {loss:.4f}  train {train_accuracy:.2%}  test {test_accuracy:.2%}".format(**row)
         self._bar.update(self._task, description=text)

@@ -33,7 +33,9 @@ def report(directories: Iterable[str | os.PathLike[str]]) -> str:
     if not runs:
         raise ValueError("At least one directory of a finished run must be given")
     try:
-        parts = [_table_of_runs(runs)]
+        images = sorted({summary["test_images"] for _, summary in runs})
+        grain = ", ".join(f"{count} test images (one is {1 / count:.2%})" for count in images)
+        parts = [f"{_table_of_runs(runs)}\n\naccuracy is of {grain}; the early one shows how training starts"]
         for layers, paths in _same_layers(runs):
             title = "layers" if len(paths) == len(runs) else "layers of " + ", ".join(map(str, paths))
             parts.append(f"{title}\n{_table_of_layers(layers)}")
@@ -80,17 +82,21 @@ def _runs(directory: Path) -> list[Path]:
 
 
 def _table_of_runs(runs: list[tuple[Path, dict[str, Any]]]) -> str:
-    header = ["network", "experiment", "init", "sparsity", "seed", "steps", "test accuracy", "loss", "seconds", "run"]
+    header = ["network", "data", "experiment", "init", "sparsity", "method", "seed", "steps"]
+    header += ["early test accuracy", "test accuracy", "loss", "seconds", "run"]
     return format_table(
         header,
         (
             [
                 s["network"],
+                Path(s["data"]).name,
                 s["experiment"],
                 s["init"],
                 f"{s['sparsity']:.2%}",
+                s["method"],
                 s["seed"],
                 s["steps"],
+                f"{s['early']['test_accuracy']:.2%} @{s['early']['step']}",
                 f"{s['test_accuracy']:.2%}",
                 f"{s['loss']:.4f}",
                 f"{s['seconds']:.1f}",
