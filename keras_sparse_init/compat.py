@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import random
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -117,6 +118,22 @@ def to_tensor(values: np.ndarray, dtype: Any) -> Any:
     if tf.executing_eagerly() and values.nbytes >= _SHARE_FROM_BYTES and values.dtype.kind == "f":
         return tf.experimental.dlpack.from_dlpack(values.__dlpack__())
     return tf.convert_to_tensor(values)
+
+
+def fresh_seed() -> int:
+    """A new seed from Python's `random`, as Keras draws one; with several workers, in a strategy's scope, the chief's."""
+    seed = random.randint(1, 10**9)
+    if tf.distribute.has_strategy() and _number_of_workers() > 1:
+        with tf.init_scope():
+            # The initial value of a variable is what workers agree on.
+            seed = int(tf.Variable(seed, dtype=tf.int64, trainable=False).read_value())
+    return seed
+
+
+def _number_of_workers() -> int:
+    resolver = tf.distribute.get_strategy().cluster_resolver
+    cluster = resolver.cluster_spec().as_dict() if resolver is not None and resolver.cluster_spec() is not None else {}
+    return len(cluster.get("chief", [])) + len(cluster.get("worker", []))
 
 
 def next_seed(generator: Any) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
@@ -307,7 +306,7 @@ def _require_masked(model: Any) -> list[MaskedKernel]:
 
 
 def _base_seed(seed: int | None) -> int:
-    return random.randint(1, 10**9) if seed is None else check_seed(seed)
+    return compat.fresh_seed() if seed is None else check_seed(seed)
 
 
 def _pair(kernels: list[MaskedKernel], masks_or_rule: Any) -> list[tuple[MaskedKernel, Any]]:

@@ -6,7 +6,6 @@ Importing tfmot takes seconds, and turns `tf.keras` into tf_keras for the proces
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,7 +107,7 @@ class StaticPruneLowMagnitude(PruneLowMagnitude):
             raise type(error)(f"A mask of the layer {self.layer.name!r} cannot be set: {error}") from None
 
     def _draw_for_masks_given(self) -> None:
-        base = random.randint(1, 10**9)
+        base = compat.fresh_seed()
         for index, kernel in enumerate(self.prunable_weights):
             if compat.is_restored(kernel):
                 continue

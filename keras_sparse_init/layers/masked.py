@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MethodType
@@ -152,7 +151,7 @@ class Masked(MaskWrapper):
             wanted = self.weight_names or "kernel, recurrent_kernel, depthwise_kernel, pointwise_kernel, embeddings"
             raise ValueError(f"`layer` must have a kernel to mask ({wanted}). Received: the layer {self.layer.name!r}")
         given = self._given_by_name(found)
-        base = random.randint(1, 10**9) if self.seed is None else self.seed
+        base = compat.fresh_seed() if self.seed is None else self.seed
         values = {
             place.name: self._mask_value(place, given[place.name], base) for place in found if place.name in given
         }
