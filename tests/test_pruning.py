@@ -602,10 +602,10 @@ def test_layouts_are_those_of_the_layers(library):
     assert set(depthwise.sum(axis=(0, 1)).ravel()) == {4}
 
 
-def test_replicas_have_the_same_masks():
+def test_replicas_have_the_same_masks(request):
     if len(tf.config.list_logical_devices("CPU")) < 2:
         pytest.skip("one CPU only: test_distribution was not asked for")
-    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    with request.getfixturevalue("strategy").scope():
         model = network(tf_keras, tf_keras.optimizers.Adam(0.01))
     fit(model, MagnitudePruning(PolynomialDecay(0.0, 0.8, begin_step=0, end_step=20, frequency=5)))
     for kernel in masked_kernels(model):
