@@ -121,7 +121,7 @@ def to_tensor(values: np.ndarray, dtype: Any) -> Any:
 
 
 def fresh_seed() -> int:
-    """A new seed from Python's `random`, as Keras draws one; with several workers, in a strategy's scope, the chief's."""
+    """A new seed from Python's `random`, as Keras draws one; in a strategy of several workers that of the chief."""
     seed = random.randint(1, 10**9)
     if tf.distribute.has_strategy() and _number_of_workers() > 1:
         with tf.init_scope():

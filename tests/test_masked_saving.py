@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 import subprocess
 import sys
 
@@ -223,6 +224,20 @@ def test_a_layer_that_was_built_before_it_was_wrapped_is_saved_and_cloned(librar
 
 
 @either_keras
+def test_a_copy_of_a_layer_that_was_built_before_has_kernels_drawn_for_the_masks(library):
+    dense = library.layers.Dense(3)
+    dense.build((None, 5))
+    masked = Masked(dense, mask=half(5, 3), seed=6)
+    masked.build()
+    model = library.Sequential([library.Input((5,)), masked])
+    fresh = Masked(library.layers.Dense(3), mask=half(5, 3), seed=6)
+    fresh.build((None, 5))
+    for copied in (library.models.model_from_json(model.to_json()), library.models.clone_model(model)):
+        np.testing.assert_array_equal(weights_and_masks(copied), weights_and_masks(fresh))
+    assert (weights_and_masks(fresh)[0][0] != weights_and_masks(model)[0][0]).any()
+
+
+@either_keras
 @pytest.mark.parametrize("name", ["model.keras", "model.h5", "clone", "checkpoint", "export"])
 def test_attention_to_values_of_another_width(library, tmp_path, name):
     model = attention(library)
@@ -280,7 +295,7 @@ def test_a_deep_copy_has_weights_of_its_own(library, part):
     for kernel in masked_kernels(copied):
         kernel.kernel.assign(np.zeros(kernel.shape))
     np.testing.assert_array_equal(number(original(tf.constant(x))), before)
-    assert (number(copied(tf.constant(x))) != before).any()
+    assert all(number(kernel.kernel).any() for kernel in masked_kernels(original))
 
 
 LOADING = """
@@ -313,7 +328,9 @@ def test_importing_the_package_is_enough_to_load_a_model_in_another_process(tmp_
         save(library, models[library], tmp_path / name)
     np.save(tmp_path / "x.npy", X)
     command = [sys.executable, "-W", "ignore", "-c", LOADING.format(names=names)]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    # tfmot, imported by other tests, asks TensorFlow by this variable to import tf_keras.
+    environment = {key: value for key, value in os.environ.items() if key != "TF_USE_LEGACY_KERAS"}
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     results = json.loads(run.stdout.splitlines()[-1])
     assert list(results) == names

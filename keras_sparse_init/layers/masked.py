@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -15,6 +13,7 @@ import tensorflow as tf
 from keras_sparse_init import compat, fans, masks
 from keras_sparse_init.arguments import check_seed
 from keras_sparse_init.initializers import deserialize_rule, serialize_rule
+from keras_sparse_init.layers.calls import Lock, all_but_first_by_name, call_with_arguments_of, positional_names
 from keras_sparse_init.matching import mask_aware
 from keras_sparse_init.packing import pack, unpack
 from keras_sparse_init.sampling import derive_seed
@@ -99,8 +98,8 @@ class Masked(MaskWrapper):
         # Otherwise inputs would be cast to the global policy's dtype before the wrapped layer sees them.
         kwargs.setdefault("dtype", compat.dtype_policy(layer))
         # Both Kerases look at the arguments of `call`, before the end of `__init__`, for what to pass to it.
-        object.__setattr__(self, "call", MethodType(_call_with_arguments_of(layer), self))
-        names = _positional_names(layer.__call__) or _positional_names(layer.call)
+        object.__setattr__(self, "call", MethodType(call_with_arguments_of(layer), self))
+        names = positional_names(layer.__call__) or positional_names(layer.call)
         object.__setattr__(self, "_argument_names", names)
         super().__init__(layer, **kwargs)
         self.supports_masking = layer.supports_masking
@@ -114,7 +113,7 @@ class Masked(MaskWrapper):
         object.__setattr__(self, "_call_shapes", {})
         object.__setattr__(self, "_built_with", None)
         object.__setattr__(self, "_rebuilt", False)
-        object.__setattr__(self, "_one_thread", _Lock())
+        object.__setattr__(self, "_one_thread", Lock())
 
     def kernels_and_masks(self) -> list[tuple[Any, Any]]:
         """The masked kernels' variables, each with its mask's variable, in the order of the layer's kernels.
@@ -221,7 +220,7 @@ class Masked(MaskWrapper):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped layer on its inputs and whatever else it takes."""
-        args, kwargs = _all_but_first_by_name(self._argument_names, args, kwargs)
+        args, kwargs = all_but_first_by_name(self._argument_names, args, kwargs)
         if not self.built:
             given = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
             shapes = {name: compat.shape_of(value) for name, value in given.items() if compat.has_shape(value)}
@@ -319,50 +318,6 @@ _LORA = (
     "LoRA is enabled on {!r}: the layer adds to its kernel what no mask reaches. Merge it first, by saving and loading "
     "the layer's weights"
 )
-
-
-class _Lock:
-    """A reentrant lock; a copy of a layer has one of its own."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *exception: Any) -> None:
-        self._lock.release()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Lock:
-        return _Lock()
-
-
-def _call_with_arguments_of(layer: Any) -> Callable[..., Any]:
-    """The method `call` of a `Masked`, which has the arguments of the wrapped layer's."""
-    signature = inspect.signature(layer.call)
-    names = _positional_names(layer.call)
-
-    def call(self: Masked, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped layer's output with its kernels masked."""
-        args, kwargs = _all_but_first_by_name(names, args, kwargs)
-        with self._masked_kernels():
-            return self.layer(*args, **kwargs)
-
-    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    call.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])
-    return call
-
-
-def _positional_names(function: Callable[..., Any]) -> list[str]:
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-
-
-def _all_but_first_by_name(names: list[str], args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
-    """Arguments of a call: some layers of tf_keras take positional ones in another order than their method `call`."""
-    if len(args) > len(names):
-        return args, kwargs
-    return args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
 
 
 def _layout(place: KernelPlace) -> fans.KernelLayout:
