@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -202,6 +203,9 @@ def _rebuild(model: Any, replace: Replace, done: dict[int, Any]) -> Any:
         if not isinstance(layer, library.layers.Layer):
             # An operation of Keras 3, such as the sum of two tensors.
             return type(layer).from_config(layer.get_config())
+        if hasattr(layer, "adapt") or isinstance(layer, library.layers.Lambda):
+            # What preprocessing layers have learned is not in their config, nor can every function be in one's.
+            return layer
         if isinstance(layer, library.Model):
             if _is_graph_network(layer, library):
                 return _rebuild(layer, replace, done)
@@ -218,6 +222,12 @@ def _rebuild(model: Any, replace: Replace, done: dict[int, Any]) -> Any:
         return new
 
     rebuilt = library.models.clone_model(model, clone_function=clone)
+    if type(rebuilt) is not type(model):
+        warnings.warn(
+            f"The new model is a {type(rebuilt).__name__}: what {type(model).__name__} defines itself, such as a "
+            "`train_step`, is not in it",
+            stacklevel=4,
+        )
     if model.built and not rebuilt.built:
         rebuilt.build(model.input_shape)
     for old, new in copies:
@@ -233,7 +243,8 @@ def _rebuild(model: Any, replace: Replace, done: dict[int, Any]) -> Any:
 def _is_graph_network(model: Any, library: Any) -> bool:
     return (
         isinstance(model, library.Sequential)
-        or type(model).__name__ == "Functional"
+        # In Keras 3, also a subclass of `Model` that is made of inputs and outputs.
+        or any(c.__name__ == "Functional" and c.__module__.startswith("keras.") for c in type(model).__mro__)
         or (isinstance(model, library.Model) and getattr(model, "_is_graph_network", False))
     )
 

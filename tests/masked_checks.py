@@ -22,7 +22,6 @@ SOME_CASES = [
     "conv2d_grouped",
     "separable_conv2d",
     "lstm_from_states",
-    "bidirectional",
     "time_distributed",
     "attention_by_name",
     "einsum_dense",
@@ -37,7 +36,7 @@ def network(seed=0):
         [
             keras.Input((6, 4)),
             Masked(layers.SeparableConv1D(6, 3, padding="same", activation="tanh"), sparsity=0.5, seed=seed),
-            Masked(layers.Bidirectional(layers.LSTM(4)), mask=masks.ConstantFanIn(0.5), seed=seed),
+            Masked(layers.Bidirectional(layers.SimpleRNN(4)), mask=masks.ConstantFanIn(0.5), seed=seed),
             Masked(layers.Dense(8, kernel_initializer=SparseHeNormal(sparsity=0.5, seed=seed))),
             Masked(layers.Dense(2), sparsity=0.5, seed=seed),
         ]

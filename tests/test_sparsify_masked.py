@@ -235,3 +235,57 @@ def test_bad_arguments_are_named():
         sparsify(keras.Sequential([keras.layers.Dense(4)]), 0.5)
     with pytest.raises(ValueError, match="must have a layer with a kernel"):
         sparsify(keras.Sequential([keras.layers.Input((4,)), keras.layers.ReLU()]), 0.5)
+
+
+@BOTH
+def test_preprocessing_layers_keep_what_they_have_learned_and_lambdas_their_function(library):
+    layers = library.layers
+    normalize = layers.Normalization()
+    normalize.adapt(np.array([[1.0, 10.0], [3.0, 30.0]], np.float32))
+    model = library.Sequential([layers.Input((2,)), normalize, layers.Lambda(lambda x: 2.0 * x), layers.Dense(3)])
+    x = np.array([[2.0, 50.0]], np.float32)
+    sparse = sparsify(model, 0.5, wrapper="masked", seed=0)
+    kernel = value(masked_kernels(sparse)[0].kernel)
+    np.testing.assert_allclose(sparse.predict(x, verbose=0), [[0.0, 6.0]] @ kernel, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(strip(sparse).predict(x, verbose=0), sparse.predict(x, verbose=0))
+
+
+@BOTH
+def test_a_subclass_of_model_that_is_made_of_inputs_and_outputs_is_sparse_too(library):
+    class Own(library.Model):
+        pass
+
+    inputs = library.layers.Input((6,))
+    model = Own(inputs, library.layers.Dense(4, name="a")(inputs))
+    sparse = sparsify(model, 0.5, wrapper="masked", seed=0)
+    assert [kernel.name for kernel in masked_kernels(sparse)] == ["a/kernel"]
+    assert isinstance(sparse, Own) and not masked_kernels(model)
+
+
+@BOTH
+def test_a_class_of_models_that_is_lost_is_warned_about(library):
+    class Own(library.Sequential):
+        pass
+
+    model = Own([library.layers.Input((6,)), library.layers.Dense(4)])
+    with pytest.warns(UserWarning, match="what Own defines itself"):
+        sparsify(model, 0.5, wrapper="masked", seed=0)
+
+
+@BOTH
+def test_a_kernel_that_two_attributes_hold_is_masked_wherever_it_is_read(library):
+    @library.saving.register_keras_serializable("test_sparsify_masked")
+    class Tied(library.layers.Layer):
+        def build(self, input_shape):
+            self.kernel = self.add_weight(name="kernel", shape=(6, 6), initializer="glorot_uniform")
+            self.same = self.kernel
+            self.built = True
+
+        def call(self, x):
+            return library.ops.matmul(x, self.same) if library is keras else x @ self.same
+
+    model = library.Sequential([library.layers.Input((6,)), Masked(Tied(), sparsity=0.5, seed=0)])
+    model.compile("sgd", "mse")
+    model.fit(np.ones((8, 6)), np.ones((8, 6)), verbose=0)
+    (kernel,) = masked_kernels(model)
+    assert not value(kernel.kernel)[~kernel.mask_value()].any()

@@ -21,13 +21,17 @@ from keras_sparse_init.traversal import KernelPlace, MaskWrapper, initializer_of
 
 
 class _Slot(NamedTuple):
-    """Where a masked kernel lies: attribute `attribute` of `owner`, its name below the wrapped layer, its mask."""
+    """Where a masked kernel lies: attribute `attribute` of `owner`, its name below the wrapped layer, its mask.
+
+    `holders` are all layers and attributes that hold the kernel, `owner`'s among them.
+    """
 
     name: str
     owner: Any
     attribute: str
     kernel: Any
     mask: Any
+    holders: list[tuple[Any, str]]
 
 
 class Masked(MaskWrapper):
@@ -159,7 +163,8 @@ class Masked(MaskWrapper):
             if value is not None and not compat.is_restored(kernel):
                 self._draw(place, value, base, fresh)
             mask = self._add_mask(place.name, kernel, value)
-            self._slots.append(_Slot(place.name, place.owner, place.attribute, kernel, mask))
+            holders = [(part, a) for part in self.layer._flatten_layers() for a, v in vars(part).items() if v is kernel]
+            self._slots.append(_Slot(place.name, place.owner, place.attribute, kernel, mask, holders))
 
     def _add_mask(self, name: str, kernel: Any, value: np.ndarray | None) -> Any:
         dtype = compat.true_dtype(kernel)
@@ -238,11 +243,13 @@ class Masked(MaskWrapper):
                 for slot in self._slots:
                     # Past Keras's tracking: for it the attribute never changes.
                     product = compat.masked_kernel(slot.owner, slot.kernel, slot.mask)
-                    object.__setattr__(slot.owner, slot.attribute, product)
+                    for holder, attribute in slot.holders:
+                        object.__setattr__(holder, attribute, product)
                 yield
             finally:
                 for slot in self._slots:
-                    object.__setattr__(slot.owner, slot.attribute, slot.kernel)
+                    for holder, attribute in slot.holders:
+                        object.__setattr__(holder, attribute, slot.kernel)
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
         """The wrapped layer's timestep mask."""
