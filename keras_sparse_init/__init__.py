@@ -25,6 +25,7 @@ _HOME = {
     "SparseLecunUniform": "initializers",
     "SparseScaledInit": "initializers",
     "UpdatePruningStep": "tfmot",
+    "apply_masks": "sparse_model",
     "fans": None,
     "fix_precision": "tfmot",
     "gain": "variance",

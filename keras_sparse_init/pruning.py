@@ -42,7 +42,7 @@ def magnitude_prune(model: Any, sparsity: float, scope: Scope = "layer", rule: A
         >>> from keras_sparse_init import magnitude_prune
         >>> layers = keras.layers
         >>> model = keras.Sequential([layers.Input((8,)), Masked(layers.Dense(4)), Masked(layers.Dense(2))])
-        >>> magnitude_prune(model, 0.75, scope="global")
+        >>> magnitude_prune(model, 0.75)
         >>> sparsity_table(model).total.nonzeros
         10
     """

@@ -289,3 +289,25 @@ def test_a_kernel_that_two_attributes_hold_is_masked_wherever_it_is_read(library
     model.fit(np.ones((8, 6)), np.ones((8, 6)), verbose=0)
     (kernel,) = masked_kernels(model)
     assert not value(kernel.kernel)[~kernel.mask_value()].any()
+
+
+@BOTH
+@pytest.mark.parametrize("wrapper", ["masked", "tfmot"])
+def test_strip_sets_weights_off_the_mask_to_zero_that_something_has_moved(library, wrapper):
+    if wrapper == "tfmot" and library is keras:
+        return
+    model = library.Sequential([library.layers.Input((4,)), library.layers.Dense(8)])
+    sparse = sparsify(model, 0.5, wrapper=wrapper, seed=0)
+    (kernel,) = masked_kernels(sparse)
+    kernel.kernel.assign(np.ones((4, 8)))
+    np.testing.assert_array_equal(strip(sparse).layers[-1].get_weights()[0], kernel.mask_value())
+
+
+def test_what_cannot_be_masked_is_refused_by_name():
+    dense = keras.layers.Dense(4, name="inside")
+    with pytest.raises(ValueError, match="masked already: 'masked_inside'"):
+        Masked(Masked(dense))
+    with pytest.raises(ValueError, match="`weight_names` must be a list"):
+        Masked(keras.layers.Dense(4), weight_names="kernel")
+    with pytest.raises(ValueError, match=r"`weight_names` names \['foo'\]"):
+        Masked(keras.layers.Dense(4), weight_names=["kernel", "foo"]).build((None, 3))

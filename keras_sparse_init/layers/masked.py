@@ -35,12 +35,16 @@ class _Slot(NamedTuple):
 
 
 class Masked(MaskWrapper):
-    """Wraps a layer so that it runs on kernel * mask: weights off the mask are 0, and stay 0 under every optimizer.
+    """Wraps a layer so that it runs on kernel * mask: weights off the mask are 0, and stay 0 in training.
 
     The gradient of a kernel is masked with it, and weights off the mask start at 0, so that no update, momentum or
     weight decay ever moves them. The mask is a saved weight that no optimizer trains; `set_masks` changes it. Biases
     are not masked. All kernels of the layer and of the layers inside it are: `kernel`, `recurrent_kernel`,
     `depthwise_kernel`, `pointwise_kernel`, `embeddings`.
+
+    What mixes the weights of a kernel moves them all the same: the Muon optimizer, an orthogonal regularizer, weights
+    set from outside. The layer's output does not change by it; `apply_masks(model)` sets them to 0. Keras's Adafactor
+    gives NaN for a kernel in which a row and a column have no gradient, which masks make likely.
 
     With `mask` or `sparsity`, the kernels of a layer that is not built yet are drawn for their masks: by the layer's
     own initializer when it takes masks, else by a `SparseScaledInit` with its settings. Without, the mask is what the
@@ -98,6 +102,10 @@ class Masked(MaskWrapper):
             )
         if isinstance(mask, str | type):
             raise ValueError(f"`mask` must be a rule, an array or a mapping of them. Received: mask={mask!r}")
+        if isinstance(layer, Masked):
+            raise ValueError(f"`layer` is masked already: {layer.name!r}. Change its masks with `set_masks`")
+        if isinstance(weight_names, str):
+            raise ValueError(f"`weight_names` must be a list of names. Received: weight_names={weight_names!r}")
         kwargs.setdefault("name", f"masked_{layer.name}")
         # Otherwise inputs would be cast to the global policy's dtype before the wrapped layer sees them.
         kwargs.setdefault("dtype", compat.dtype_policy(layer))
@@ -153,6 +161,11 @@ class Masked(MaskWrapper):
         if not found:
             wanted = self.weight_names or "kernel, recurrent_kernel, depthwise_kernel, pointwise_kernel, embeddings"
             raise ValueError(f"`layer` must have a kernel to mask ({wanted}). Received: the layer {self.layer.name!r}")
+        unknown = set(self.weight_names or ()) - {place.attribute.removeprefix("_") for place in found}
+        if unknown:
+            raise ValueError(
+                f"`weight_names` names {sorted(unknown)}, which the layer {self.layer.name!r} does not have"
+            )
         given = self._given_by_name(found)
         base = compat.fresh_seed() if self.seed is None else self.seed
         values = {
