@@ -80,7 +80,8 @@ def measure(name: str, shapes: list[tuple[int, ...]], sparsity: float, dtype: st
     baseline, seconds, limit = medians(
         repeats,
         lambda: [keras_he(shape) for shape in shapes],
-        lambda: [ours(s, mask=m) for s, m in zip(shapes, kernel_masks if sparsity else dense, strict=True)],
+        # As `reinitialize` draws the kernels of a model.
+        lambda: map_blocks(lambda s, m: ours(s, mask=m), shapes, kernel_masks if sparsity else dense),
         lambda: read_and_write(kernel_masks),
     )
     return {

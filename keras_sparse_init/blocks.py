@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-BLOCK_SIZE = 2**18
+BLOCK_SIZE = 2**20
 
 Result = TypeVar("Result")
 

@@ -17,7 +17,7 @@ from keras.src.backend import AutocastScope  # Not public anywhere.
 PACKAGE = "keras_sparse_init"
 
 # A tensor that shares the array's memory is worth the trouble from about here; below, a copy costs microseconds.
-_SHARE_FROM_BYTES = 2**20
+_SHARE_FROM_BYTES = 2**16
 
 Class = TypeVar("Class", bound=type)
 

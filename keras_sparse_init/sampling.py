@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import math
+import mmap
+import statistics
 from typing import Any, Literal
 
 import numpy as np
@@ -18,8 +23,20 @@ TRUNCATED_STD = 0.87962566103423978
 # Above this share of nonzeros in a block, drawing all of it is faster than drawing the nonzeros alone.
 _DENSE_FROM = 0.75
 
+# With more groups of eight entries than this that have a nonzero, reading them one by one is faster.
+_MANY_WORDS = 0.65
+
 # DLPack tensors must start at a multiple of 64 bytes.
 _ALIGNMENT = 64
+
+_HUGE_PAGE = 2**21
+
+# Two tables of this many float32 fit the smallest cache.
+_CELLS = 2**12
+_BITS_WITHIN = 20
+
+# Values drawn at once, with what is needed meanwhile, stay in the next one.
+_IN_CACHE = 2**16
 
 
 def sample(
@@ -63,15 +80,13 @@ def sample(
     mask_rows = None if mask is None else mask.reshape(-1, width)
     blocks = row_blocks(out_rows.shape[0], width)
     same_rows = std_rows.shape[0] == 1
-    # A factor that is the same for every row is laid out once for a block, so that it can be gathered by flat index.
-    tile = np.tile(std_rows[0], blocks[0].stop) if mask is not None and same_rows and std_rows.size > 1 else None
     smallest = _smallest_normal(dtype)
 
     def fill(rows: slice, child: np.random.SeedSequence) -> None:
         rng = np.random.Generator(np.random.SFC64(child))
         block = out_rows[rows]
         factor = std_rows if same_rows else std_rows[rows]
-        active = None if mask_rows is None else np.flatnonzero(mask_rows[rows])
+        active = None if mask_rows is None else _positions(mask_rows[rows].reshape(-1))
         if active is None or active.size > _DENSE_FROM * block.size:
             values = block if dtype == drawn_as else np.empty(block.shape, drawn_as)
             _draw(rng, values.reshape(-1), distribution)
@@ -83,13 +98,10 @@ def sample(
         elif active.size:
             values = np.empty(active.size, drawn_as)
             _draw(rng, values, distribution)
-            if std_rows.size == 1:
-                values *= std_rows.item()
-            else:
-                values *= (np.broadcast_to(factor, block.shape).reshape(-1) if tile is None else tile).take(active)
+            values *= _factor_at(factor, active, width)
             values = values.astype(dtype, copy=False)
             values[values == 0] = smallest
-            block.reshape(-1)[active] = values
+            block.reshape(-1).put(active, values, mode="wrap")  # The mode that does not check every index: 2x faster.
 
     map_blocks(fill, blocks, np.random.SeedSequence(seed).spawn(len(blocks)))
     return out
@@ -114,21 +126,80 @@ def derive_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest[:4], "little") >> 1
 
 
+def _positions(mask: np.ndarray) -> np.ndarray:
+    """`np.flatnonzero` of a boolean vector, twice as fast where most groups of eight entries have no nonzero."""
+    if mask.size % 8 or not mask.flags.c_contiguous:
+        return np.flatnonzero(mask)
+    words = mask.view(np.uint64)
+    at = np.flatnonzero(words != 0)
+    if at.size > _MANY_WORDS * words.size:
+        return np.flatnonzero(mask)
+    within = np.flatnonzero(words.take(at).view(np.bool_))
+    at <<= 3
+    positions = at.take(within >> 3)
+    within &= 7
+    positions += within
+    return positions
+
+
+def _factor_at(factor: np.ndarray, positions: np.ndarray, width: int) -> np.ndarray:
+    """The entries of a factor that broadcasts to (rows, width), at flat positions of such a block."""
+    if factor.size == 1:
+        return factor.reshape(())
+    if factor.shape[0] > 1:
+        return np.broadcast_to(factor, (factor.shape[0], width)).reshape(-1).take(positions)
+    # Dividing is several times faster than a remainder, and 32 bits than 64.
+    small = np.uint32 if positions[-1] < 2**32 else np.uint64
+    columns = positions.astype(small)
+    columns -= columns // small(width) * small(width)
+    return factor[0].take(columns)
+
+
 def _draw(rng: np.random.Generator, out: np.ndarray, distribution: str) -> None:
     """Fills a vector with values of mean 0 and variance 1."""
     if distribution == "uniform":
         rng.random(out=out, dtype=out.dtype)
         out -= 0.5
         out *= out.dtype.type(np.sqrt(12.0))
-        return
-    rng.standard_normal(out=out, dtype=out.dtype)
-    if distribution == "truncated_normal":
+    elif distribution == "untruncated_normal":
+        rng.standard_normal(out=out, dtype=out.dtype)
+    elif out.dtype == np.float32:
+        for start in range(0, out.size, _IN_CACHE):
+            _draw_by_quantiles(rng, out[start : start + _IN_CACHE])
+    else:
+        rng.standard_normal(out=out, dtype=out.dtype)
         beyond = np.flatnonzero(np.abs(out) > 2)
         while beyond.size:
             redrawn = rng.standard_normal(beyond.size, dtype=out.dtype)
             out[beyond] = redrawn
             beyond = beyond[np.abs(redrawn) > 2]
-        out /= out.dtype.type(TRUNCATED_STD)
+        out /= TRUNCATED_STD
+
+
+def _draw_by_quantiles(rng: np.random.Generator, out: np.ndarray) -> None:
+    """Truncated normal values in float32: 32 random bits each, through the quantile function.
+
+    The function is a straight line within each of `_CELLS` cells, so a value is off by less than 6e-6 of a standard
+    deviation. Drawing normal values and those beyond 2 sigma again takes four times as long.
+    """
+    starts, slopes = _quantiles()
+    bits = rng.integers(0, 2**64, (out.size + 1) // 2, dtype=np.uint64).view(np.uint32)[: out.size]
+    cells = bits >> np.uint32(_BITS_WITHIN)
+    bits &= np.uint32(2**_BITS_WITHIN - 1)
+    out[...] = bits
+    out *= slopes.take(cells, mode="wrap")
+    out += starts.take(cells, mode="wrap")
+
+
+@functools.cache
+def _quantiles() -> tuple[np.ndarray, np.ndarray]:
+    """Where each cell of the truncated normal's quantile function starts, and its slope, for a variance of 1."""
+    normal = statistics.NormalDist()
+    low, high = normal.cdf(-2.0), normal.cdf(2.0)
+    upper = [normal.inv_cdf(0.5 + (high - low) * cell / _CELLS) for cell in range(_CELLS // 2 + 1)]
+    # Symmetric to the last bit.
+    ends = np.concatenate([np.negative(upper[:0:-1]), upper]) / TRUNCATED_STD
+    return ends[:-1].astype(np.float32), (np.diff(ends) / 2**_BITS_WITHIN).astype(np.float32)
 
 
 def _by_rows(std: np.ndarray, shape: tuple[int, ...], width: int) -> np.ndarray:
@@ -148,7 +219,14 @@ def _smallest_normal(dtype: np.dtype) -> np.ndarray:
 
 
 def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    buffer = np.zeros(size + _ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[start : start + size].view(dtype).reshape(shape)
+    size = math.prod(shape) * dtype.itemsize
+    if size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        # A page fault every 4 kB costs as much as all the rest of drawing a sparse kernel.
+        buffer = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # A kernel built without huge pages.
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+        whole, alignment = np.frombuffer(buffer, np.uint8), _HUGE_PAGE
+    else:
+        whole, alignment = np.zeros(size + _ALIGNMENT, np.uint8), _ALIGNMENT
+    start = -whole.ctypes.data % alignment
+    return whole[start : start + size].view(dtype).reshape(shape)
