@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import tf_keras
 from keras_sparse_init import SparseScaledInit, cli
 from keras_sparse_init._version import __version__
 from keras_sparse_init.sparse_model import masked_kernels
+from keras_sparse_init.training import checkpoints
 from keras_sparse_init.training.configs import config_root, find_config
 from keras_sparse_init.training.gin_registry import make_job
 from keras_sparse_init.training.networks import lenet5
@@ -64,7 +66,15 @@ print("HEAVY", sorted(heavy & set(sys.modules)))
 def test_train_leaves_every_file_and_its_summary_says_what_was_bound(trained):
     _, out = trained
     names = {path.name for path in out.iterdir()}
-    assert names == {"operative_config.gin", "metrics.csv", "summary.json", "model.keras", "masks.npz"}
+    assert names == {
+        "operative_config.gin",
+        "metrics.csv",
+        "summary.json",
+        "model.keras",
+        "masks.npz",
+        "job.json",
+        "checkpoints",
+    }
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["steps"], summary["init"], summary["network"], summary["seed"]) == (4, "layer", "lenet5", 0)
     assert summary["sparsity"] == pytest.approx(0.95, abs=0.001)
@@ -88,6 +98,48 @@ def test_train_prints_the_layers_the_accuracy_and_where_the_results_lie_and_no_l
     assert process.stdout.endswith(f"test accuracy {accuracy:.2%}\nresults in out\n")
     # Nothing but a line for each row of metrics.csv: neither TensorFlow's log nor warnings.
     assert [line.split("  ")[0] for line in process.stderr.splitlines()] == ["step 2/4", "step 4/4"]
+
+
+def _interrupted(directory, signal_number, *bindings):
+    """Starts a run of 4000 steps that checkpoints every 20, and sends it a signal at about step 40."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    arguments = ["train", "--gin_file", "mlp/scratch.gin", *_bindings(*_RESUMED, *bindings), "--output_dir", "out"]
+    command = [sys.executable, "-m", "keras_sparse_init.cli", *arguments]
+    with subprocess.Popen(command, cwd=directory, env=env, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("step 40/"):
+                process.send_signal(signal_number)
+                break
+        rest = process.stderr.read()
+    return process.returncode, rest
+
+
+_RESUMED = ("train.log_every=20", "train.checkpoint_every=20", "mlp.hidden_sizes=(10,)", "LEARNING_RATE=0.01")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_run_that_was_killed_or_interrupted_goes_on_and_ends_with_the_same_weights(number, code, tmp_path, capsys):
+    bindings = [*_RESUMED, "STEPS=1500"]
+    arguments = ["train", "--gin_file", "mlp/scratch.gin", *_bindings(*bindings), "--output_dir"]
+    returned, printed = _interrupted(tmp_path, number, "STEPS=1500")
+    assert returned == code
+    assert number != signal.SIGINT or printed.endswith("keras-sparse-init: error: interrupted\n")
+    out = tmp_path / "out"
+    checkpoint = checkpoints.last(out)
+    assert checkpoint.name >= "step-000000020.npz" and not (out / "summary.json").exists()
+
+    # Another configuration does not take the directory over.
+    assert cli.main([*arguments, str(out), *_bindings("SPARSITY=0.5")]) == 2
+    assert "unfinished run of another configuration" in capsys.readouterr().err
+    assert checkpoints.last(out) == checkpoint
+
+    assert cli.main([*arguments, str(out)]) == 0
+    first = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("step "))
+    assert int(re.match(r"step (\d+)", first)[1]) > 20  # It did not begin again.
+    assert cli.main([*arguments, str(tmp_path / "whole")]) == 0
+    resumed, whole = (tf_keras.models.load_model(tmp_path / name / "model.keras") for name in ("out", "whole"))
+    for weight, expected in zip(resumed.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_array_equal(weight, expected)
 
 
 def test_the_operative_config_makes_the_same_job_again(trained):
@@ -180,7 +232,7 @@ def test_a_users_config_may_include_a_packaged_one_and_bindings_come_last(tmp_pa
     mine = tmp_path / "mine.gin"
     mine.write_text('include "mlp/scratch.gin"\nSPARSITY = 0.5\nSTEPS = 7\nmlp.hidden_sizes = (12,)\n')
     job, _ = make_job([mine], ["STEPS=9"])
-    assert (job.network, job.steps) == ("mlp", 9)
+    assert (job.network, job.settings["steps"]) == ("mlp", 9)
     assert job.table().total.sparsity == pytest.approx(0.5, abs=0.01)
     assert job.model.count_params() > 0 and [row.shape for row in job.table().rows] == [(784, 12), (12, 10)]
 
@@ -201,7 +253,7 @@ def test_a_config_does_what_its_header_says(name):
     assert job.experiment.name == name.split("/")[1].removesuffix(".gin")
     assert job.experiment.sparsity == float(claims["Sparsity"].strip(","))
     assert job.table().total.sparsity == pytest.approx(job.experiment.sparsity, abs=0.001)
-    assert job.steps == int(claims["Steps"]) and f"of {job.batch} images" in "\n".join(header)
+    assert job.settings["steps"] == int(claims["Steps"]) and f"of {job.settings['batch']} images" in "\n".join(header)
     macros = re.findall(r"^([A-Z_]+) =", config, flags=re.MULTILINE)
     assert macros == ["BATCH", "DATA", "INIT", "LEARNING_RATE", "METHOD", "SEED", "SPARSITY", "STEPS"]
     example = next(line for line in header if "keras-sparse-init train" in line).removeprefix("#")

@@ -10,7 +10,8 @@ import tf_keras
 
 from keras_sparse_init import SparseScaledInit
 from keras_sparse_init.sparse_model import masked_kernels
-from keras_sparse_init.training import Job, Scratch, make_data, mlp, train
+from keras_sparse_init.training import Job, Scratch, checkpoints, make_data, mlp, train
+from keras_sparse_init.training.optimizers import OPTIMIZERS, make_optimizer
 from keras_sparse_init.training.progress import Progress
 
 
@@ -43,7 +44,7 @@ def result(data, tmp_path_factory):
 
 def test_a_run_leaves_its_files_and_no_others(result):
     names = {path.name for path in result.directory.iterdir()}
-    assert names == {"metrics.csv", "summary.json", "model.keras", "masks.npz"}
+    assert names == {"metrics.csv", "summary.json", "model.keras", "masks.npz", "job.json", "checkpoints"}
 
 
 def test_the_saved_weights_are_exactly_zero_where_the_masks_are_and_hardly_elsewhere(result):
@@ -181,6 +182,11 @@ def test_a_loss_that_is_lost_stops_the_run_with_a_clear_error(data, tmp_path):
         ({"learning_rate": float("nan")}, "`learning_rate` must be a positive number"),
         ({"learning_rate": "fast"}, "`learning_rate` must be a positive number"),
         ({"momentum": 1.0}, r"`momentum` must be in \[0, 1\)"),
+        ({"optimizer": "lion"}, "`optimizer` must be one of 'momentum', 'sgd', 'adam', 'rmsprop'.*'lion'"),
+        ({"optimizer": ["sgd"]}, "`optimizer` must be one of"),
+        ({"weight_decay": -1e-4}, "`weight_decay` must be a number of at least 0"),
+        ({"clip_norm": 0.0}, "`clip_norm` must be a positive number or None"),
+        ({"checkpoint_every": 0}, "`checkpoint_every` must be a positive integer"),
         ({"seed": -1}, "`seed` must be an integer of at least 0"),
         ({"experiment": Scratch(1.0)}, "`sparsity` must be"),
         ({"experiment": Scratch(0.5, method="fair")}, "`method` must be one of"),
@@ -201,3 +207,109 @@ def test_rows_follow_the_executions_when_these_do_not_end_at_the_log_steps(tmp_p
     rows = _rows(tmp_path / "m.csv")
     assert [int(row["step"]) for row in rows] == [50, 100, 110] and len(resets) == 3
     assert capsys.readouterr().err.count("\n") == 3  # No terminal: a line for each row.
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a process."""
+
+
+def _stop_at(monkeypatch, step):
+    on_batch_end = Progress.on_batch_end
+
+    def stopping(self, batch, logs):
+        wrote = on_batch_end(self, batch, logs)
+        if self.step >= step:
+            raise Stopped
+        return wrote
+
+    monkeypatch.setattr(Progress, "on_batch_end", stopping)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_that_stopped_goes_on_to_the_same_weights_and_metrics(data, tmp_path, monkeypatch, optimizer):
+    settings = _settings(
+        steps=90, log_every=10, checkpoint_every=20, optimizer=optimizer, weight_decay=0.01, clip_norm=0.5
+    )
+    whole = train(_network, data, Scratch(0.7), output_dir=tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 50)
+        with pytest.raises(Stopped):
+            train(_network, data, Scratch(0.7), output_dir=tmp_path / "stopped", **settings)
+    assert checkpoints.last(tmp_path / "stopped").name == "step-000000040.npz"
+    resumed = train(_network, data, Scratch(0.7), output_dir=tmp_path / "stopped", **settings)
+    for weight, expected in zip(resumed.model.get_weights(), whole.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(weight, expected)
+    assert _rows(resumed.directory / "metrics.csv") == _rows(whole.directory / "metrics.csv")
+    assert resumed.summary["early"] == whole.summary["early"]
+
+
+def test_a_run_that_stopped_after_its_last_step_is_only_finished(result, data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("keras_sparse_init.training.run_dir.write_summary", lambda *_: exec("raise Stopped", globals()))
+        with pytest.raises(Stopped):
+            train(_network, data, Scratch(0.7), output_dir=tmp_path, **_settings())
+    finished = train(_network, data, Scratch(0.7), output_dir=tmp_path, **_settings())
+    for weight, expected in zip(finished.model.get_weights(), result.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(weight, expected)
+    assert finished.summary["loss"] == result.summary["loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"settings": {"learning_rate": 0.2}}, "learning_rate"),
+        ({"settings": {"seed": 4}}, "masks, seed"),
+        ({"experiment": Scratch(0.6)}, "masks"),
+        ({"model": lambda shape, classes: mlp(shape, classes, (20, 11))}, "weights"),
+        ({"data": make_data("columns", *[np.ones((9, 6, 6, 1), np.float32), np.arange(9) % 3] * 2)}, "data_digest"),
+    ],
+)
+def test_an_unfinished_run_of_another_job_is_refused_and_left_alone(data, tmp_path, monkeypatch, changes, name):
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 20)
+        with pytest.raises(Stopped):
+            train(_network, data, Scratch(0.7), output_dir=tmp_path, **_settings())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    job = {"model": _network, "data": data, "experiment": Scratch(0.7)} | {
+        key: value for key, value in changes.items() if key != "settings"
+    }
+    with pytest.raises(FileExistsError, match=f"another configuration.*differ in .*{name}"):
+        train(**job, output_dir=tmp_path, **_settings(**changes.get("settings", {})))
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_refused(result, data):
+    with pytest.raises(FileExistsError, match="holds a finished run"):
+        train(_network, data, Scratch(0.7), output_dir=result.directory, **_settings())
+
+
+def test_the_checkpoints_of_the_beginning_and_the_end_are_kept(result, data):
+    names = sorted(path.name for path in (result.directory / "checkpoints").iterdir())
+    assert names == ["step-000000000.npz", "step-000000060.npz"]
+    beginning = Job(_network, data, Scratch(0.7), **_settings()).model
+    with np.load(result.directory / "checkpoints" / names[0]) as archive:
+        for number, variable in enumerate(beginning.variables):
+            np.testing.assert_array_equal(archive[f"model/{number}"], variable)
+
+
+def test_weight_decay_shrinks_kernels_and_leaves_biases(data, tmp_path):
+    """Without gradients (all images 0 reach no kernel of the first layer), a step leaves 1 - rate * decay of it."""
+    zeros = make_data("zeros", np.zeros((30, 6, 6), np.float32), data.y_train[:30], data.x_test, data.y_test)
+    settings = _settings(steps=1, weight_decay=0.25, optimizer="sgd", learning_rate=0.5)
+    job = Job(_network, zeros, Scratch(0.5), **settings)
+    kernel = masked_kernels(job.model)[0]
+    before = kernel.kernel.numpy()
+    bias = job.model.trainable_variables[-1]
+    job.run(tmp_path)
+    np.testing.assert_allclose(kernel.kernel.numpy(), before * (1 - 0.5 * 0.25), rtol=1e-6)
+    assert np.any(bias.numpy() != 0)
+
+
+def test_vectors_do_not_decay_and_gradients_are_clipped_to_the_norm():
+    kernel, bias = tf_keras.backend.variable(np.ones((2, 2))), tf_keras.backend.variable(np.ones(2))
+    optimizer = make_optimizer("sgd", 1.0, 10, [kernel, bias], weight_decay=0.5, clip_norm=0.1)
+    # Global norm of (3, 0, 0, 0) and (4, 0) is 5.
+    gradients = [np.array([[3.0, 0.0], [0.0, 0.0]], np.float32), np.array([4.0, 0.0], np.float32)]
+    optimizer.apply_gradients(zip([tf_keras.backend.constant(g) for g in gradients], [kernel, bias], strict=True))
+    np.testing.assert_allclose(kernel.numpy(), 0.5 - gradients[0] * 0.1 / 5, rtol=1e-6)
+    np.testing.assert_allclose(bias.numpy(), 1 - gradients[1] * 0.1 / 5, rtol=1e-6)

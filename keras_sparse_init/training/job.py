@@ -6,6 +6,7 @@ Configuration by gin is elsewhere (gin_registry.py): here are plain Python argum
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import math
 import os
@@ -17,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from keras_sparse_init._version import __version__
-from keras_sparse_init.training import run_dir
+from keras_sparse_init.training import checkpoints, run_dir
 from keras_sparse_init.training.data import Data, load_data
 from keras_sparse_init.training.experiments import Scratch
+from keras_sparse_init.training.optimizers import OPTIMIZERS, make_optimizer
 from keras_sparse_init.training.progress import Progress
 
 # Small models spend most of a step on the way into TensorFlow: 25 steps an execution are 1.05 to 1.9 times as fast.
@@ -55,9 +57,13 @@ class Job:
         steps: The number of training steps.
         batch: The number of images in a step.
         learning_rate: The first learning rate. It falls to 0 along a half cosine over all steps.
-        momentum: The momentum of stochastic gradient descent.
+        optimizer: "momentum" (stochastic gradient descent with momentum), "sgd" (without), "adam" or "rmsprop".
+        momentum: The momentum of "momentum" and "rmsprop".
+        weight_decay: Decoupled weight decay of the kernels, as in AdamW; it is multiplied by the learning rate.
+        clip_norm: Gradients are scaled down to this norm over all variables. None does not.
         seed: Determines masks, kernels and the order of the images.
         log_every: Steps between two rows of metrics.csv.
+        checkpoint_every: Steps between two checkpoints. Each is written with the next row of metrics.csv.
 
     Raises:
         ValueError: When an argument is out of its range, or model and data do not fit together.
@@ -80,23 +86,40 @@ class Job:
         steps: int = 2000,
         batch: int = 64,
         learning_rate: float = 0.1,
+        optimizer: str = "momentum",
         momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
         seed: int = 0,
         log_every: int = 100,
+        checkpoint_every: int = 500,
     ) -> None:
-        for name, value in (("steps", steps), ("batch", batch), ("log_every", log_every)):
+        counts = {"steps": steps, "batch": batch, "log_every": log_every, "checkpoint_every": checkpoint_every}
+        for name, value in counts.items():
             _check(_is_int(value) and value > 0, name, value, "a positive integer")
         _check(_is_int(seed) and seed >= 0, "seed", seed, "an integer of at least 0")
         _check(_is_real(learning_rate) and learning_rate > 0, "learning_rate", learning_rate, "a positive number")
         _check(_is_real(momentum) and 0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
+        known = isinstance(optimizer, str) and optimizer in OPTIMIZERS
+        _check(known, "optimizer", optimizer, f"one of {', '.join(map(repr, OPTIMIZERS))}")
+        _check(_is_real(weight_decay) and weight_decay >= 0, "weight_decay", weight_decay, "a number of at least 0")
+        valid = clip_norm is None or (_is_real(clip_norm) and clip_norm > 0)
+        _check(valid, "clip_norm", clip_norm, "a positive number or None")
         self.data = data if isinstance(data, Data) else load_data(data)
         self.experiment = Scratch(sparsity=0.95) if experiment is None else experiment
-        self.steps, self.batch, self.log_every = int(steps), int(batch), int(log_every)
-        self.learning_rate, self.momentum, self.seed = float(learning_rate), float(momentum), int(seed)
+        self.settings = {
+            **{name: int(value) for name, value in counts.items()},
+            "optimizer": optimizer,
+            "learning_rate": float(learning_rate),
+            "momentum": float(momentum),
+            "weight_decay": float(weight_decay),
+            "clip_norm": None if clip_norm is None else float(clip_norm),
+            "seed": int(seed),
+        }
         network = model if hasattr(model, "layers") else model(self.data.input_shape, self.data.classes)
         _check_output(network, self.data)
         self.network = network.name
-        self.model = self.experiment.prepare(network, seed=self.seed)
+        self.model = self.experiment.prepare(network, seed=self.settings["seed"])
 
     def table(self) -> Any:
         """The `SparsityTable` of the model as it is now."""
@@ -110,37 +133,42 @@ class Job:
             f"{len(self.data.x_train)} train, {len(self.data.x_test)} test images",
         )
         sparse = f"{self.table().total.sparsity:.1%} sparse by {what['method']}"
-        steps = f"init {what['init']}, {self.steps} steps of {self.batch}"
+        steps = f"init {what['init']}, {self.settings['steps']} steps of {self.settings['batch']}"
         return f"{self.network} on {self.data.name} ({images}), {sparse}, {steps}"
 
     def run(self, output_dir: str | os.PathLike[str] | None = None, config: str | None = None) -> TrainResult:
-        """Trains, and writes the results: metrics.csv, model.keras, masks.npz, summary.json.
+        """Trains, and writes the results: metrics.csv, checkpoints, model.keras, masks.npz, summary.json, job.json.
 
-        model.keras is a plain model that loads without this package; masks.npz has the mask of each kernel by its name.
+        model.keras is a plain model that loads without this package; masks.npz has the mask of each kernel by its name;
+        job.json says what the numbers depend on. A run that was interrupted goes on from its last checkpoint, and ends
+        with the weights of one that was not.
 
         Args:
-            output_dir: Where to write; it must not exist or be empty. None makes a directory under runs/.
+            output_dir: Where to write: a new or empty directory, or that of an unfinished run of this very job. None
+                makes a directory under runs/.
             config: The text of operative_config.gin. None writes no such file.
 
         Returns:
             A `TrainResult`.
 
         Raises:
-            FileExistsError: When the directory holds anything.
+            FileExistsError: When the directory holds anything else.
             FloatingPointError: When the loss becomes NaN or infinite.
+            KeyboardInterrupt: When it was interrupted; a checkpoint is written first.
         """
         described, table = self.experiment.describe(), self.table()
         if output_dir is None:
             output_dir = run_dir.default_output_dir(
-                self.network, described["experiment"], described["init"], round(table.total.sparsity, 3), self.seed
+                self.network,
+                described["experiment"],
+                described["init"],
+                round(table.total.sparsity, 3),
+                self.settings["seed"],
             )
-        directory = run_dir.check_output_dir(output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
+        directory = run_dir.claim(output_dir, self._identity(config))
         if config is not None:
             (directory / "operative_config.gin").write_text(config, encoding="utf-8")
-        started = time.perf_counter()
-        early, metrics = self._fit(directory / "metrics.csv")
-        seconds = time.perf_counter() - started
+        early, metrics, seconds = self._fit(directory)
 
         from keras_sparse_init.sparse_model import apply_masks, masked_kernels, strip
 
@@ -154,7 +182,6 @@ class Job:
             "network": self.network,
             **described,
             "sparsity": table.total.sparsity,
-            "seed": self.seed,
             "data": self.data.name,
             "test_images": len(self.data.x_test),
             "early": {"step": early["step"], "test_accuracy": early["test_accuracy"]},
@@ -162,10 +189,7 @@ class Job:
             "test_loss": test_loss,
             "loss": metrics["loss"],
             "train_accuracy": metrics["train_accuracy"],
-            "steps": self.steps,
-            "batch": self.batch,
-            "learning_rate": self.learning_rate,
-            "momentum": self.momentum,
+            **self.settings,
             "seconds": round(seconds, 2),
             "table": table.to_dict(),
             "versions": _versions(),
@@ -173,35 +197,90 @@ class Job:
         run_dir.write_summary(directory, summary)
         return TrainResult(directory, plain, table, summary)
 
-    def _fit(self, metrics_path: Path) -> tuple[dict[str, float], dict[str, float]]:
-        """Trains, and returns the first and the last row of the metrics."""
+    def _identity(self, config: str | None) -> dict[str, Any]:
+        """What tells this job from others: a run is never resumed as another."""
+        from keras_sparse_init.sparse_model import masked_kernels
+
+        masks = [kernel.mask_value() for kernel in masked_kernels(self.model)]
+        arrays = [self.data.x_train, self.data.y_train, self.data.x_test, self.data.y_test]
+        return {
+            "network": self.network,
+            **self.experiment.describe(),
+            **self.settings,
+            "weights": [list(variable.shape) for variable in self.model.variables],
+            "masks": _digest(masks),
+            "data": self.data.name,
+            "data_digest": _digest(arrays),
+            "config": config,
+        }
+
+    def _fit(self, directory: Path) -> tuple[dict[str, float], dict[str, float], float]:
+        """Trains, from the last checkpoint if there is one; returns the first and the last row and the seconds."""
         import tf_keras as keras
 
+        from keras_sparse_init import compat
+
+        steps, log_every = self.settings["steps"], self.settings["log_every"]
+        names = ("learning_rate", "steps", "momentum", "weight_decay", "clip_norm")
         self.model.compile(
-            optimizer=keras.optimizers.SGD(
-                keras.optimizers.schedules.CosineDecay(self.learning_rate, self.steps), momentum=self.momentum
+            optimizer=make_optimizer(
+                self.settings["optimizer"],
+                variables=self.model.trainable_variables,
+                **{name: self.settings[name] for name in names},
             ),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
-            steps_per_execution=min(_STEPS_PER_EXECUTION, self.log_every),
+            steps_per_execution=min(_STEPS_PER_EXECUTION, log_every),
         )
-        with Progress(
-            metrics_path, self.steps, self.log_every, lambda: self._evaluate()[1], self.model.reset_metrics
-        ) as progress:
-            follow = keras.callbacks.LambdaCallback(on_train_batch_end=progress.on_batch_end)
-            self.model.fit(self._batches(), callbacks=[follow], verbose=0)
-        return progress.first, progress.last
+        checkpoint = checkpoints.last(directory)
+        start, before = (0, 0.0) if checkpoint is None else checkpoints.restore(checkpoint, self.model)
+        if checkpoint is None:
+            checkpoints.save(directory, 0, 0.0, self.model)
+        started = time.perf_counter()
+        progress = Progress(
+            directory / "metrics.csv",
+            steps,
+            log_every,
+            lambda: self._evaluate()[1],
+            self.model.reset_metrics,
+            start,
+        )
+        saved = start
 
-    def _batches(self) -> Any:
-        """The batches of all steps: the images in a new order each epoch, without a break between epochs."""
+        def save() -> None:
+            nonlocal saved
+            saved = progress.step
+            checkpoints.save(directory, saved, before + time.perf_counter() - started, self.model)
+
+        def follow(batch: int, logs: dict[str, Any]) -> None:
+            every = self.settings["checkpoint_every"]
+            if progress.on_batch_end(batch, logs) and (
+                progress.step // every > saved // every or progress.step == steps
+            ):
+                save()
+
+        with progress:
+            try:
+                if start < steps:
+                    callback = keras.callbacks.LambdaCallback(on_train_batch_end=follow)
+                    self.model.fit(self._batches(start), callbacks=[callback], verbose=0)
+            except KeyboardInterrupt:
+                # Steps that were made after the last callback would be made again.
+                if progress.step > saved and progress.step == compat.iterations(self.model):
+                    save()
+                raise
+        return progress.first, progress.last, before + time.perf_counter() - started
+
+    def _batches(self, start: int = 0) -> Any:
+        """The batches of the steps from `start` on: the images in a new order each epoch, no break between epochs."""
         import tensorflow as tf
 
-        images = len(self.data.x_train)
+        images, steps, batch = len(self.data.x_train), self.settings["steps"], self.settings["batch"]
         # NumPy's generator, not tf.data's shuffle: the order depends on the seed alone, and step n can be found again.
-        rng = np.random.default_rng([self.seed, 1])
-        epochs = math.ceil(self.steps * self.batch / images)
+        rng = np.random.default_rng([self.settings["seed"], 1])
+        epochs = math.ceil(steps * batch / images)
         order = np.concatenate([rng.permutation(images).astype(np.int32) for _ in range(epochs)])
-        order = order[: self.steps * self.batch].reshape(self.steps, self.batch)
+        order = order[: steps * batch].reshape(steps, batch)[start:]
         x, y = tf.constant(self.data.x_train), tf.constant(self.data.y_train)
         dataset = tf.data.Dataset.from_tensor_slices(order)
         return dataset.map(lambda rows: (tf.gather(x, rows), tf.gather(y, rows))).prefetch(tf.data.AUTOTUNE)
@@ -228,15 +307,16 @@ def train(
         model: A tf_keras model, or a function of (input_shape, classes) that returns one, such as `networks.lenet5`.
         data: A `Data`, `"digits"` or the path of an .npz file.
         experiment: What is done to the model before training. None is `Scratch(sparsity=0.95)`.
-        output_dir: Where to write the results; it must not exist or be empty. None makes a directory under runs/.
-        **settings: steps, batch, learning_rate, momentum, seed, log_every: see `Job`.
+        output_dir: Where to write the results: a new or empty directory, or that of an unfinished run of the same job,
+            which then goes on from its last checkpoint. None makes a directory under runs/.
+        **settings: steps, batch, learning_rate, optimizer, seed and more: see `Job`.
 
     Returns:
         A `TrainResult`.
 
     Raises:
         ValueError: When an argument is out of its range, or model and data do not fit together.
-        FileExistsError: When the output directory holds anything; nothing is loaded then.
+        FileExistsError: When the output directory holds anything else.
         FloatingPointError: When the loss becomes NaN or infinite.
 
     Example:
@@ -244,11 +324,20 @@ def train(
         >>> from keras_sparse_init.training import Scratch, lenet5, train
         >>> result = train(lenet5, "digits", Scratch(sparsity=0.9), steps=2, output_dir=tempfile.mkdtemp())
         >>> sorted(path.name for path in result.directory.iterdir())
-        ['masks.npz', 'metrics.csv', 'model.keras', 'summary.json']
+        ['checkpoints', 'job.json', 'masks.npz', 'metrics.csv', 'model.keras', 'summary.json']
     """
     if output_dir is not None:
         run_dir.check_output_dir(output_dir)
     return Job(model, data, experiment, **settings).run(output_dir)
+
+
+def _digest(arrays: list[np.ndarray]) -> str:
+    """A text that differs when any of the arrays does."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]
 
 
 def _is_int(value: Any) -> bool:

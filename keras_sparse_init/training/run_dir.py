@@ -1,4 +1,4 @@
-"""The directory of a run: never one that holds anything, and the summary that marks it as finished."""
+"""The directory of a run: never one that holds anything else, the job it is of, the summary when it is finished."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 SUMMARY = "summary.json"
+JOB = "job.json"
 
 
 def check_output_dir(path: str | os.PathLike[str]) -> Path:
@@ -21,7 +22,8 @@ def check_output_dir(path: str | os.PathLike[str]) -> Path:
         The path.
 
     Raises:
-        FileExistsError: When there is a file or a directory that is not empty: results are never overwritten.
+        FileExistsError: When there is a file, a finished run, or a directory that holds anything but an unfinished run:
+            results are never overwritten.
 
     Example:
         >>> from keras_sparse_init.training.run_dir import check_output_dir
@@ -29,10 +31,41 @@ def check_output_dir(path: str | os.PathLike[str]) -> Path:
         'a-new-one'
     """
     path = Path(path)
-    if path.is_dir() and any(path.iterdir()):
-        raise FileExistsError(f"The output directory {str(path)!r} is not empty; results are never overwritten")
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"The output directory {str(path)!r} is a file")
+    if (path / SUMMARY).is_file():
+        raise FileExistsError(f"The output directory {str(path)!r} holds a finished run; results are never overwritten")
+    if path.is_dir() and any(path.iterdir()) and not (path / JOB).is_file():
+        raise FileExistsError(f"The output directory {str(path)!r} is not empty; results are never overwritten")
+    return path
+
+
+def claim(path: str | os.PathLike[str], job: dict[str, Any]) -> Path:
+    """Makes the directory of a run, or finds that of the same job, which was interrupted.
+
+    Args:
+        path: The run's directory.
+        job: What the run's numbers depend on, as JSON can hold it. Kept as job.json.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileExistsError: When the directory holds anything but an unfinished run of the same job.
+    """
+    path = check_output_dir(path)
+    job = json.loads(json.dumps(job))
+    if (path / JOB).is_file():
+        started = json.loads((path / JOB).read_text(encoding="utf-8"))
+        if differ := sorted(name for name in started.keys() | job.keys() if started.get(name) != job.get(name)):
+            name = differ[0]
+            raise FileExistsError(
+                f"The output directory {str(path)!r} holds an unfinished run of another configuration; choose another "
+                f"directory. They differ in {', '.join(differ)}: {started.get(name)!r} there, {job.get(name)!r} now"
+            )
+        return path
+    path.mkdir(parents=True, exist_ok=True)
+    _write(path / JOB, job)
     return path
 
 
@@ -44,9 +77,7 @@ def default_output_dir(network: str, experiment: str, init: str, sparsity: float
 
 def write_summary(directory: Path, summary: dict[str, Any]) -> None:
     """Writes a run's summary. It is written last and in one piece: a directory that has one is a finished run."""
-    temporary = directory / f"{SUMMARY}.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(directory / SUMMARY)
+    _write(directory / SUMMARY, summary)
 
 
 def read_summary(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -70,3 +101,9 @@ def read_summary(directory: str | os.PathLike[str]) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not a run's summary: {error}") from error
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
