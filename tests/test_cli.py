@@ -175,7 +175,7 @@ def test_report_of_a_trained_run_has_its_numbers(trained, capsys):
         (_bindings("STEPS=0"), "`steps` must be a positive integer"),
         (_bindings("DATA='imagenet'"), "`data` must be one of 'digits' or the path of an .npz file"),
         (_bindings("DATA='nowhere.npz'"), "No data file 'nowhere.npz'"),
-        (["--gin_file", "nowhere.gin"], "No gin file 'nowhere.gin' in .* packaged configs are lenet5/scratch.gin"),
+        (["--gin_file", "nowhere.gin"], "No gin file 'nowhere.gin' in .* packaged configs are lenet5/dense.gin"),
         (["--gin_file", "lenet5"], "No gin file 'lenet5' in"),
     ],
 )
@@ -251,12 +251,30 @@ def test_a_config_does_what_its_header_says(name):
     job, config = make_job([config_root() / name])
     assert job.network == claims["Network"] == name.split("/")[0]
     assert job.experiment.name == name.split("/")[1].removesuffix(".gin")
-    assert job.experiment.sparsity == float(claims["Sparsity"].strip(","))
-    assert job.table().total.sparsity == pytest.approx(job.experiment.sparsity, abs=0.001)
+    assert job.table().total.sparsity == pytest.approx(float(claims["Sparsity"].strip(",")), abs=0.001)
     assert job.settings["steps"] == int(claims["Steps"]) and f"of {job.settings['batch']} images" in "\n".join(header)
     macros = re.findall(r"^([A-Z_]+) =", config, flags=re.MULTILINE)
-    assert macros == ["BATCH", "DATA", "INIT", "LEARNING_RATE", "METHOD", "SEED", "SPARSITY", "STEPS"]
+    sparse = ["INIT", "METHOD", "SPARSITY"] if job.table().total.sparsity else []
+    assert macros == sorted(["BATCH", "DATA", "LEARNING_RATE", "SEED", "STEPS", *sparse])
     example = next(line for line in header if "keras-sparse-init train" in line).removeprefix("#")
     arguments = cli._parser().parse_args(shlex.split(example)[1:])
     assert arguments.gin_file == [name]
     make_job([find_config(name)], arguments.gin_bindings)
+
+
+@pytest.mark.parametrize("name", _CONFIGS)
+def test_every_config_runs(name, tmp_path, capsys):
+    assert cli.main(["train", "--gin_file", name, *_bindings("STEPS=2"), "--output_dir", str(tmp_path / "out")]) == 0
+    assert "dense1/kernel" in capsys.readouterr().out
+    assert cli.main(["report", str(tmp_path / "out")]) == 0
+    network, experiment = name.removesuffix(".gin").split("/")
+    printed = capsys.readouterr().out
+    assert network in printed and experiment in printed and "dense1/kernel" in printed
+
+
+@pytest.mark.parametrize("network", ["lenet5", "mlp"])
+def test_the_small_dense_network_has_hardly_fewer_weights_than_the_sparse_one_has_nonzeros(network):
+    small, sparse = (make_job([config_root() / network / f"{name}.gin"])[0] for name in ("small_dense", "scratch"))
+    assert 0.95 < small.table().total.size / sparse.table().total.nonzeros <= 1
+    header = (config_root() / network / "small_dense.gin").read_text()
+    assert f"{small.table().total.size:,} weights, against {sparse.table().total.nonzeros:,} nonzeros" in header

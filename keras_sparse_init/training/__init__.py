@@ -11,6 +11,7 @@ _MODULE_OF = {
     "make_data": "data",
     "lenet5": "networks",
     "mlp": "networks",
+    "Dense": "experiments",
     "Scratch": "experiments",
     "Job": "job",
     "TrainResult": "job",

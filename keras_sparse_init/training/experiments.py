@@ -7,6 +7,30 @@ from typing import Any, ClassVar
 
 
 @dataclasses.dataclass(frozen=True)
+class Dense:
+    """Trains the network as it is: the dense baseline, or with fewer units a dense network of a sparse one's size.
+
+    Attributes:
+        name: What the run's summary calls the experiment.
+
+    Example:
+        >>> from keras_sparse_init.training.experiments import Dense
+        >>> Dense().describe()["experiment"]
+        'dense'
+    """
+
+    name: str = "dense"
+
+    def prepare(self, model: Any, seed: int) -> Any:
+        """The model itself; its kernels are what the network's own initializers drew."""
+        return model
+
+    def describe(self) -> dict[str, Any]:
+        """What a run's summary says of the experiment: its name, no method, the network's own initialization."""
+        return {"experiment": self.name, "method": "none", "init": "own"}
+
+
+@dataclasses.dataclass(frozen=True)
 class Scratch:
     """Trains a sparse network from scratch: a static random mask and an initialization for it.
 

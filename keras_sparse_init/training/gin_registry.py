@@ -15,7 +15,7 @@ import gin
 
 from keras_sparse_init.initializers import SparseScaledInit
 from keras_sparse_init.training.configs import config_root
-from keras_sparse_init.training.experiments import Scratch
+from keras_sparse_init.training.experiments import Dense, Scratch
 from keras_sparse_init.training.job import Job
 from keras_sparse_init.training.networks import lenet5, mlp
 
@@ -23,6 +23,7 @@ _MODULE = "keras_sparse_init"
 
 # What the configs call `train` is the making of the job: running it takes no configuration.
 _train = gin.external_configurable(Job, name="train", module=_MODULE)
+gin.external_configurable(Dense, name="dense", module=_MODULE)
 gin.external_configurable(Scratch, name="scratch", module=_MODULE)
 gin.external_configurable(SparseScaledInit, module=_MODULE)
 gin.external_configurable(lenet5, module=_MODULE)

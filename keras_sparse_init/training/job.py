@@ -122,10 +122,20 @@ class Job:
         self.model = self.experiment.prepare(network, seed=self.settings["seed"])
 
     def table(self) -> Any:
-        """The `SparsityTable` of the model as it is now."""
+        """The `SparsityTable` of the model as it is now; of all kernels, full ones, when none is masked."""
+        from keras_sparse_init import fans, traversal
         from keras_sparse_init.sparse_model import sparsity_table
+        from keras_sparse_init.table import SparsityRow, SparsityTable
 
-        return sparsity_table(self.model)
+        table = sparsity_table(self.model)
+        if table.rows:
+            return table
+        rows = []
+        for place in traversal.kernels_of(self.model):
+            shape = tuple(getattr(place.owner, place.attribute).shape)
+            layout = fans.kernel_layout(place.owner, shape, weight_name=place.attribute.removeprefix("_"))
+            rows.append(SparsityRow.of(place.name, np.ones(shape, bool), layout))
+        return SparsityTable(rows)
 
     def __str__(self) -> str:
         what, images = (
