@@ -11,7 +11,7 @@ import numpy as np
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     """`value` when it is one of `allowed`; a ValueError that names the argument when not."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}. Received: {name}={value!r}")
     return value
 

@@ -107,6 +107,13 @@ class SparseScaledInit(compat.Initializer):
         else:
             self.seed = self._given_seed = seed if isinstance(seed, keras.random.SeedGenerator) else check_seed(seed)
 
+    @classmethod
+    def seeded_later(cls, *args: Any, given_seed: int | None = None) -> SparseScaledInit:
+        """An initializer for `draw` alone, whose seeds come from outside: none is drawn from Python's `random`."""
+        initializer = cls(*args, seed=0 if given_seed is None else given_seed)
+        initializer._given_seed = given_seed
+        return initializer
+
     @compat.not_rewritten
     def __call__(self, shape: Any, dtype: Any = None, mask: Any = None, kernel_layout: Any = None) -> Any:
         """A kernel's initial values.

@@ -27,7 +27,7 @@ def mask_aware(initializer: Any, name: str, shape: tuple[int, ...], layout: fans
         ValueError: When the initializer is not random around 0: there is no variance to scale.
     """
     if isinstance(initializer, type):
-        initializer = initializer()
+        initializer = _made(initializer)
     if isinstance(initializer, str):
         initializer = compat.tf_keras.initializers.get(initializer)
     if isinstance(initializer, SparseScaledInit):
@@ -35,7 +35,9 @@ def mask_aware(initializer: Any, name: str, shape: tuple[int, ...], layout: fans
     config = initializer.get_config() if hasattr(initializer, "get_config") else {}
     seed = config.get("seed") if isinstance(config.get("seed"), int) else None
     if all(hasattr(initializer, name) for name in ("scale", "mode", "distribution")):
-        return SparseScaledInit(initializer.scale, initializer.mode, initializer.distribution, seed=seed)
+        return SparseScaledInit.seeded_later(
+            initializer.scale, initializer.mode, initializer.distribution, given_seed=seed
+        )
     variance, distribution = _fixed_variance(initializer, config, shape)
     if variance is None:
         raise ValueError(
@@ -43,7 +45,18 @@ def mask_aware(initializer: Any, name: str, shape: tuple[int, ...], layout: fans
             f"Received: {initializer!r}"
         )
     dense_fan_in, _ = fans.dense_fans(shape, layout)
-    return SparseScaledInit(variance * max(1.0, dense_fan_in), "fan_in", distribution, seed=seed)
+    return SparseScaledInit.seeded_later(variance * max(1.0, dense_fan_in), "fan_in", distribution, given_seed=seed)
+
+
+def _made(cls: type) -> Any:
+    if issubclass(cls, SparseScaledInit):
+        return cls.seeded_later()
+    try:
+        return cls()
+    except TypeError as error:
+        raise ValueError(
+            f"`initializer` must be an initializer, or a class that makes one. Received: {cls!r}"
+        ) from error
 
 
 def unaware(initializer: SparseScaledInit, library: Any) -> Any:

@@ -49,7 +49,9 @@ def set_masks(model: Any, masks_or_rule: Any, seed: int | None = None) -> None:
     assigned = []
     for kernel, mask in _pair(kernels, masks_or_rule):
         try:
-            if callable(mask) and not isinstance(mask, type):
+            if isinstance(mask, type):
+                raise TypeError(f"a rule must be an object such as masks.Random(0.9). Received: {mask!r}")
+            if callable(mask):
                 mask = masks.draw(mask, kernel.shape, derive_seed(base, f"{kernel.seed_name}/mask"), kernel.layout)
             assigned.append((kernel, fans.as_mask(compat.to_numpy("mask", mask), kernel.shape)))
         except (ValueError, TypeError) as error:
@@ -232,14 +234,28 @@ def sparsify(
             "Name them in `skip` if that is meant; `wrapper='masked'` masks them.",
             stacklevel=2,
         )
+    try:
+        _mask_and_draw(kernels, sparse, sparsity, method, rule, initializer, base)
+    except (TypeError, ValueError):
+        if sparse is model:  # A subclassed model was changed in place.
+            traversal.rebuild(sparse, _unwrap)
+        raise
+    return sparse
+
+
+def _mask_and_draw(
+    kernels: list[MaskedKernel], sparse: Any, sparsity: float, method: Any, rule: Any, initializer: Any, seed: int
+) -> None:
+    # Before a kernel is changed, so that a model keeps its weights when an initializer does not fit.
+    for kernel in kernels:
+        mask_aware(kernel.initializer if initializer is None else initializer, kernel.name, kernel.shape, kernel.layout)
     levels = masks.layer_sparsities({kernel.name: kernel.shape for kernel in kernels}, sparsity, method)
     rules = {
         name: rule(sparsity=level) if isinstance(rule, type) else rule.with_sparsity(level)
         for name, level in levels.items()
     }
-    set_masks(sparse, rules, seed=base)
-    reinitialize(sparse, initializer, seed=base)
-    return sparse
+    set_masks(sparse, rules, seed=seed)
+    reinitialize(sparse, initializer, seed=seed)
 
 
 def sparsity_table(model: Any) -> SparsityTable:
@@ -283,16 +299,17 @@ def strip(model: Any) -> Any:
     """
     apply_masks(model)
 
-    def unwrap(layer: Any, copy: Callable[[Any], Any]) -> Any:
-        if not traversal.is_mask_wrapper(layer):
-            return None
-        plain = copy(layer.layer)
-        if tfmot_wrapper.is_wrapper(layer):
-            tfmot.release(plain)
-        return plain
-
-    plain = traversal.rebuild(model, unwrap)
+    plain = traversal.rebuild(model, _unwrap)
     traversal.replace_initializers(plain, unaware)
+    return plain
+
+
+def _unwrap(layer: Any, copy: Callable[[Any], Any]) -> Any:
+    if not traversal.is_mask_wrapper(layer):
+        return None
+    plain = copy(layer.layer)
+    if tfmot_wrapper.is_wrapper(layer):
+        tfmot.release(plain)
     return plain
 
 
@@ -312,7 +329,7 @@ def _base_seed(seed: int | None) -> int:
 def _pair(kernels: list[MaskedKernel], masks_or_rule: Any) -> list[tuple[MaskedKernel, Any]]:
     if isinstance(masks_or_rule, Mapping):
         by_name = {kernel.name: kernel for kernel in kernels}
-        unknown = sorted(set(masks_or_rule) - set(by_name))
+        unknown = sorted(set(masks_or_rule) - set(by_name), key=str)
         if unknown:
             raise ValueError(f"`masks_or_rule` names unknown kernels {unknown}. The model's are {sorted(by_name)}")
         return [(by_name[name], mask) for name, mask in masks_or_rule.items()]
