@@ -58,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--output_dir",
         metavar="DIR",
-        help="where to write the results; must not exist or be empty (default: a new directory under runs/)",
+        help="where to write the results: a new or empty directory, or that of the same job, interrupted, which then "
+        "goes on (default: a new directory under runs/)",
     )
     train.set_defaults(command=_train)
 

@@ -173,7 +173,10 @@ def test_report_of_a_trained_run_has_its_numbers(trained, capsys):
         (_bindings("METHOD='fair'"), "`method` must be one of .*'fair'"),
         (_bindings("INIT='units'"), "`granularity` must be one of .*'units'"),
         (_bindings("STEPS=0"), "`steps` must be a positive integer"),
-        (_bindings("DATA='imagenet'"), "`data` must be one of 'digits' or the path of an .npz file"),
+        (
+            _bindings("DATA='imagenet'"),
+            "`data` must be one of 'digits', 'mnist', 'fashion_mnist', 'cifar10' or the path of an .npz file",
+        ),
         (_bindings("DATA='nowhere.npz'"), "No data file 'nowhere.npz'"),
         (["--gin_file", "nowhere.gin"], "No gin file 'nowhere.gin' in .* packaged configs are lenet5/dense.gin"),
         (["--gin_file", "lenet5"], "No gin file 'lenet5' in"),

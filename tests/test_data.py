@@ -1,5 +1,9 @@
 """The data of the training job."""
 
+import gzip
+import importlib
+import pickle
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -114,7 +118,7 @@ def test_a_missing_file_is_a_file_not_found_error():
 
 
 def test_an_unknown_name_lists_the_names_and_the_other_choice():
-    with pytest.raises(ValueError, match=r"'digits' or the path of an \.npz file.*'imagenet'"):
+    with pytest.raises(ValueError, match=r"'digits', .*'cifar10' or the path of an \.npz file.*'imagenet'"):
         load_data("imagenet")
 
 
@@ -126,3 +130,63 @@ def test_files_that_are_no_archives_and_pickles_are_refused(tmp_path):
     for name in ("text.npz", "single.npz", "pickle.npz"):
         with pytest.raises(ValueError, match="not a readable .npz"):
             load_data(tmp_path / name)
+
+
+def _write_mnist(folder, arrays):
+    np.savez(folder / "mnist.npz", **arrays)
+
+
+def _write_fashion_mnist(folder, arrays):
+    for name, part in (("train", "train"), ("t10k", "test")):
+        for kind, key, offset in (("labels-idx1", "y", 8), ("images-idx3", "x", 16)):
+            content = bytes(offset) + arrays[f"{key}_{part}"].tobytes()
+            (folder / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(content))
+
+
+def _write_cifar10(folder, arrays):
+    batches = folder / "cifar-10-batches-py-target" / "cifar-10-batches-py"
+    batches.mkdir(parents=True)
+    x, y = (np.split(arrays[key], 5) for key in ("x_train", "y_train"))
+    parts = [(f"data_batch_{i + 1}", x[i], y[i]) for i in range(5)]
+    for name, images, labels in [*parts, ("test_batch", arrays["x_test"], arrays["y_test"])]:
+        content = {b"data": images.transpose(0, 3, 1, 2).reshape(len(images), -1), b"labels": labels.tolist()}
+        (batches / name).write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "write", "counts"),
+    [
+        ("mnist", (28, 28), _write_mnist, (20, 8)),
+        ("fashion_mnist", (28, 28), _write_fashion_mnist, (20, 8)),
+        ("cifar10", (32, 32, 3), _write_cifar10, (50_000, 10_000)),  # Keras insists on these.
+    ],
+)
+def test_the_data_sets_of_keras_are_read_from_its_cache(name, shape, write, counts, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, count in zip(("train", "test"), counts, strict=True):
+        arrays[f"x_{part}"] = rng.integers(0, 256, (count, *shape), np.uint8)
+        arrays[f"y_{part}"] = (np.arange(count) % 10).astype(np.uint8)
+    write(tmp_path, arrays)
+    # Only the fetching of a file is replaced (it compares hashes): reading it is Keras's.
+    module = importlib.import_module(f"keras.src.datasets.{name}")
+    monkeypatch.setattr(module, "get_file", lambda fname=None, *_, **__: str(tmp_path / fname))
+    data = load_data(name)
+    assert (data.name, data.classes, data.input_shape) == (name, 10, (*shape, 1)[:3])
+    for part in ("train", "test"):
+        expected = arrays[f"x_{part}"].astype(np.float32).reshape(-1, *data.input_shape) / 255
+        np.testing.assert_array_equal(getattr(data, f"x_{part}"), expected)
+        np.testing.assert_array_equal(getattr(data, f"y_{part}"), arrays[f"y_{part}"])
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
+def test_a_data_set_that_cannot_be_downloaded_is_one_clear_error(name, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise Exception("URL fetch failure on https://nowhere: None -- [Errno -2] Name or service not known")
+
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setattr(importlib.import_module(f"keras.src.datasets.{name}"), "get_file", fail)
+    with pytest.raises(FileNotFoundError, match=f"{name!r} cannot be had.*URL fetch failure") as raised:
+        load_data(name)
+    message = str(raised.value)
+    assert str(tmp_path / "datasets") in message and "DATA = 'digits'" in message and "\n" not in message

@@ -1,4 +1,4 @@
-"""Image data sets for the training job: the embedded digits, or arrays of the user's in an .npz file. NumPy only."""
+"""Image data sets for the training job: the embedded digits, those of keras.datasets, or arrays in an .npz file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ import numpy as np
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 _DIGITS = Path(__file__).with_name("digits.npz")
 _DIGITS_SIZE = 28
+
+# What Keras looks for in its directory of data sets.
+_KERAS_DATASETS = {
+    "mnist": "mnist.npz",
+    "fashion_mnist": "fashion-mnist/train-images-idx3-ubyte.gz",
+    "cifar10": "cifar-10-batches-py-target",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +53,19 @@ def load_data(name_or_path: str | os.PathLike[str]) -> Data:
 
     `"digits"` are 1,797 handwritten digits of 8x8 pixels, resized to 28x28x1 and scaled to [0, 1]; every fifth image of
     each class is for testing (1,437 and 360 images). They come with the package: neither scikit-learn nor a network is
-    needed.
+    needed. `"mnist"`, `"fashion_mnist"` and `"cifar10"` are those of `keras.datasets`, scaled to [0, 1]: Keras takes
+    them from its cache (`~/.keras/datasets`, or `$KERAS_HOME/datasets`), or downloads them there.
 
     Args:
-        name_or_path: `"digits"`, or the path of an .npz file with the arrays x_train, y_train, x_test and y_test (see
-            `make_data` for what they may hold). Pickled objects are not loaded.
+        name_or_path: `"digits"`, `"mnist"`, `"fashion_mnist"`, `"cifar10"`, or the path of an .npz file with the arrays
+            x_train, y_train, x_test and y_test (see `make_data` for what they may hold). Pickled objects are not
+            loaded.
 
     Returns:
         A `Data`.
 
     Raises:
-        FileNotFoundError: When there is no file at the path.
+        FileNotFoundError: When there is no file at the path, or Keras neither has the data set nor can download it.
         ValueError: When the name is unknown, the file is not an .npz, arrays are missing or do not fit together.
 
     Example:
@@ -68,10 +77,12 @@ def load_data(name_or_path: str | os.PathLike[str]) -> Data:
     name = os.fspath(name_or_path)
     if name in _DATASETS:
         return _DATASETS[name]()
+    if name in _KERAS_DATASETS:
+        return _from_keras(name)
     if not name.endswith(".npz"):
         raise ValueError(
-            f"`data` must be one of {', '.join(map(repr, _DATASETS))} or the path of an .npz file with the arrays "
-            f"{', '.join(_KEYS)}. Received: {name!r}"
+            f"`data` must be one of {', '.join(map(repr, [*_DATASETS, *_KERAS_DATASETS]))} or the path of an .npz file "
+            f"with the arrays {', '.join(_KEYS)}. Received: {name!r}"
         )
     return _from_npz(name)
 
@@ -156,6 +167,21 @@ def _labels(name: str, key: str, y: Any) -> np.ndarray:
     if y.min() < 0:
         raise ValueError(f"{name}: labels of {key} must not be negative. Received: a label {y.min()}")
     return y.astype(np.int32)
+
+
+def _from_keras(name: str) -> Data:
+    import keras
+
+    try:
+        (x_train, y_train), (x_test, y_test) = getattr(keras.datasets, name).load_data()
+    except Exception as error:  # Keras raises a bare one when it cannot download, others for damaged files.
+        home = os.environ.get("KERAS_HOME") or os.path.join(os.path.expanduser("~"), ".keras")
+        raise FileNotFoundError(
+            f"The data set {name!r} cannot be had: Keras looked for "
+            f"{os.path.join(home, 'datasets', _KERAS_DATASETS[name])!r} and answers: {error}. "
+            f"Offline, take DATA = 'digits', which is embedded, or the path of an .npz file with {', '.join(_KEYS)}"
+        ) from error
+    return make_data(name, x_train, y_train, x_test, y_test)
 
 
 def _from_npz(path: str) -> Data:
