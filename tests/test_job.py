@@ -313,3 +313,43 @@ def test_vectors_do_not_decay_and_gradients_are_clipped_to_the_norm():
     optimizer.apply_gradients(zip([tf_keras.backend.constant(g) for g in gradients], [kernel, bias], strict=True))
     np.testing.assert_allclose(kernel.numpy(), 0.5 - gradients[0] * 0.1 / 5, rtol=1e-6)
     np.testing.assert_allclose(bias.numpy(), 1 - gradients[1] * 0.1 / 5, rtol=1e-6)
+
+
+def test_masks_are_taken_from_a_run_and_drawn_for_anew(result, data):
+    job = Job(_network, data, Scratch(masks_from=result.directory), **_settings(seed=8))
+    with np.load(result.directory / "masks.npz") as masks:
+        for kernel in masked_kernels(job.model):
+            np.testing.assert_array_equal(kernel.mask, masks[kernel.name])
+            active = masks[kernel.name]
+            assert np.array_equal(kernel.kernel.numpy() != 0, active)
+            # Drawn for the mask: |w| <= 2 sigma / 0.8796 with the fan-in of its own unit, and close to it somewhere.
+            bound = 2 * np.sqrt(2 / np.maximum(active.sum(axis=0), 1)) / 0.87962566
+            relative = np.abs(kernel.kernel.numpy()) / bound
+            assert 0.8 < relative.max() <= 1 + 1e-6
+    assert str(job).count("sparse by taken") == 1
+
+
+def test_shuffled_masks_keep_the_counts_of_each_kernel_alone(result, data):
+    jobs = [
+        Job(_network, data, Scratch(masks_from=result.directory, shuffled=True), **_settings(seed=seed))
+        for seed in (1, 1, 2)
+    ]
+    first, again, other = ([k.mask_value() for k in masked_kernels(job.model)] for job in jobs)
+    with np.load(result.directory / "masks.npz") as taken:
+        for mask, expected in zip(first, taken.values(), strict=True):
+            assert mask.sum() == expected.sum()
+            assert expected.all() or not np.array_equal(mask, expected)
+    assert all(map(np.array_equal, first, again)) and not all(map(np.array_equal, first, other))
+
+
+def test_masks_that_are_not_there_or_do_not_fit_are_clear_errors(result, data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no masks.npz"):
+        Job(_network, data, Scratch(masks_from=tmp_path))
+    with pytest.raises(ValueError, match="dense1/kernel.*shape"):
+        Job(lambda shape, classes: mlp(shape, classes, (21, 10)), data, Scratch(masks_from=result.directory))
+    with pytest.raises(ValueError, match="either `sparsity` or `masks_from`"):
+        Scratch()
+    with pytest.raises(ValueError, match="either `sparsity` or `masks_from`"):
+        Scratch(0.5, masks_from="runs/a")
+    with pytest.raises(ValueError, match="`shuffled` must be"):
+        Scratch(0.5, shuffled=True)

@@ -185,7 +185,7 @@ class Job:
         apply_masks(self.model)  # The last step has moved weights that the next forward pass would have masked.
         test_loss, test_accuracy = self._evaluate()
         masks = {kernel.name: np.asarray(kernel.mask) != 0 for kernel in masked_kernels(self.model)}
-        np.savez_compressed(directory / "masks.npz", **masks)
+        np.savez_compressed(directory / run_dir.MASKS, **masks)
         plain = strip(self.model)
         plain.save(directory / "model.keras")
         summary = {

@@ -8,8 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 SUMMARY = "summary.json"
 JOB = "job.json"
+MASKS = "masks.npz"
 
 
 def check_output_dir(path: str | os.PathLike[str]) -> Path:
@@ -101,6 +104,23 @@ def read_summary(directory: str | os.PathLike[str]) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not a run's summary: {error}") from error
+
+
+def read_masks(directory: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The masks of a finished run, by the names of the kernels.
+
+    Raises:
+        FileNotFoundError: When the directory holds none.
+        ValueError: When the network of the run was dense.
+    """
+    path = Path(directory) / MASKS
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(directory)!r} is not the directory of a finished run: it has no {MASKS}")
+    with np.load(path, allow_pickle=False) as archive:
+        masks = dict(archive)
+    if not masks:
+        raise ValueError(f"The network of the run in {str(directory)!r} is dense: it has no masks")
+    return masks
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
