@@ -2,7 +2,11 @@
 
 import gzip
 import importlib
+import os
 import pickle
+import subprocess
+import sys
+import urllib.error
 
 import numpy as np
 import pytest
@@ -137,13 +141,15 @@ def _write_mnist(folder, arrays):
 
 
 def _write_fashion_mnist(folder, arrays):
+    (folder / "fashion-mnist").mkdir()
     for name, part in (("train", "train"), ("t10k", "test")):
         for kind, key, offset in (("labels-idx1", "y", 8), ("images-idx3", "x", 16)):
             content = bytes(offset) + arrays[f"{key}_{part}"].tobytes()
-            (folder / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(content))
+            (folder / "fashion-mnist" / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(content))
 
 
 def _write_cifar10(folder, arrays):
+    (folder / "cifar-10-batches-py-target_archive").touch()
     batches = folder / "cifar-10-batches-py-target" / "cifar-10-batches-py"
     batches.mkdir(parents=True)
     x, y = (np.split(arrays[key], 5) for key in ("x_train", "y_train"))
@@ -153,40 +159,97 @@ def _write_cifar10(folder, arrays):
         (batches / name).write_bytes(pickle.dumps(content))
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "write", "counts"),
-    [
-        ("mnist", (28, 28), _write_mnist, (20, 8)),
-        ("fashion_mnist", (28, 28), _write_fashion_mnist, (20, 8)),
-        ("cifar10", (32, 32, 3), _write_cifar10, (50_000, 10_000)),  # Keras insists on these.
-    ],
-)
-def test_the_data_sets_of_keras_are_read_from_its_cache(name, shape, write, counts, tmp_path, monkeypatch):
+_KERAS = {
+    "mnist": ((28, 28), _write_mnist, ["mnist.npz"]),
+    "fashion_mnist": (
+        (28, 28),
+        _write_fashion_mnist,
+        [
+            f"fashion-mnist/{name}-ubyte.gz"
+            for name in ("train-labels-idx1", "train-images-idx3", "t10k-labels-idx1", "t10k-images-idx3")
+        ],
+    ),
+    "cifar10": ((32, 32, 3), _write_cifar10, ["cifar-10-batches-py-target_archive"]),
+}
+
+
+@pytest.fixture
+def keras_cache(tmp_path, monkeypatch):
+    """Keras's folder of data sets, empty: its real `get_file`, without hashes, archives and a network."""
+    from keras.src.utils import file_utils
+
+    def fail(url, *_):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(importlib.import_module("keras.src.backend.config"), "_KERAS_DIR", str(tmp_path))
+    monkeypatch.setattr(file_utils, "urlretrieve", fail)
+    monkeypatch.setattr(file_utils, "validate_file", lambda *_, **__: True)
+    monkeypatch.setattr(file_utils, "extract_archive", lambda *_: True)
+    folder = tmp_path / "datasets"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("name", _KERAS)
+def test_the_data_sets_of_keras_are_read_from_its_cache(name, keras_cache, monkeypatch):
+    shape, write, files = _KERAS[name]
     rng = np.random.default_rng(0)
     arrays = {}
-    for part, count in zip(("train", "test"), counts, strict=True):
+    for part, count in (("train", 5), ("test", 3)):
         arrays[f"x_{part}"] = rng.integers(0, 256, (count, *shape), np.uint8)
-        arrays[f"y_{part}"] = (np.arange(count) % 10).astype(np.uint8)
-    write(tmp_path, arrays)
-    # Only the fetching of a file is replaced (it compares hashes): reading it is Keras's.
-    module = importlib.import_module(f"keras.src.datasets.{name}")
-    monkeypatch.setattr(module, "get_file", lambda fname=None, *_, **__: str(tmp_path / fname))
+        arrays[f"y_{part}"] = (np.arange(count) % 5).astype(np.uint8)
+    write(keras_cache, arrays)
+    if name == "cifar10":  # Keras makes 10,000 images of each file, which here are all its only one.
+        make = data_module.make_data
+        monkeypatch.setattr(
+            data_module, "make_data", lambda name, x, y, *test: make(name, x[::10_000], y[::10_000], *test)
+        )
+    before = {path: path.read_bytes() for path in keras_cache.rglob("*") if path.is_file()}
     data = load_data(name)
-    assert (data.name, data.classes, data.input_shape) == (name, 10, (*shape, 1)[:3])
+    assert (data.name, data.classes, data.input_shape) == (name, 5, (*shape, 1)[:3])
     for part in ("train", "test"):
-        expected = arrays[f"x_{part}"].astype(np.float32).reshape(-1, *data.input_shape) / 255
-        np.testing.assert_array_equal(getattr(data, f"x_{part}"), expected)
-        np.testing.assert_array_equal(getattr(data, f"y_{part}"), arrays[f"y_{part}"])
+        x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
+        np.testing.assert_array_equal(x.reshape(-1, *shape), arrays[f"x_{part}"].astype(np.float32) / 255)
+        np.testing.assert_array_equal(y, arrays[f"y_{part}"])
+        assert (x.dtype, y.dtype) == (np.float32, np.int32) and x.flags.c_contiguous
+    assert before == {path: path.read_bytes() for path in keras_cache.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
-def test_a_data_set_that_cannot_be_downloaded_is_one_clear_error(name, monkeypatch, tmp_path):
-    def fail(*_, **__):
-        raise Exception("URL fetch failure on https://nowhere: None -- [Errno -2] Name or service not known")
-
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    monkeypatch.setattr(importlib.import_module(f"keras.src.datasets.{name}"), "get_file", fail)
-    with pytest.raises(FileNotFoundError, match=f"{name!r} cannot be had.*URL fetch failure") as raised:
+@pytest.mark.parametrize("name", _KERAS)
+def test_a_data_set_that_cannot_be_downloaded_is_one_clear_error(name, keras_cache):
+    with pytest.raises(FileNotFoundError, match=f"{name!r} cannot be had.*URL fetch failure on https://") as raised:
         load_data(name)
     message = str(raised.value)
-    assert str(tmp_path / "datasets") in message and "DATA = 'digits'" in message and "\n" not in message
+    assert all(str(keras_cache / file) in message for file in _KERAS[name][2])
+    assert 'DATA = "digits"' in message and "x_train, y_train, x_test, y_test" in message and "\n" not in message
+
+
+def test_only_the_files_that_are_missing_are_named(keras_cache):
+    shape, write, files = _KERAS["fashion_mnist"]
+    write(keras_cache, {f"{key}_{part}": np.zeros(4, np.uint8) for key in "xy" for part in ("train", "test")})
+    (keras_cache / files[2]).unlink()
+    with pytest.raises(FileNotFoundError, match="t10k-labels-idx1-ubyte.gz' and answers"):
+        load_data("fashion_mnist")
+
+
+def test_a_damaged_file_in_the_cache_of_keras_is_named_and_kept(keras_cache):
+    (keras_cache / "mnist.npz").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="cannot load the data set 'mnist' from '.*mnist.npz'.*delete it"):
+        load_data("mnist")
+    assert (keras_cache / "mnist.npz").read_bytes() == b"damaged"
+
+
+def test_without_a_writable_cache_the_folder_that_keras_takes_instead_is_named(keras_cache, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "makedirs", lambda *_, **__: None)
+    monkeypatch.setattr(os.path, "exists", lambda path: asked.append(path))
+    with pytest.raises(FileNotFoundError) as raised:
+        load_data("mnist")
+    assert f"looked for {asked[0]!r}" in str(raised.value) and str(keras_cache) not in str(raised.value)
+
+
+def test_the_module_imports_without_keras():
+    run = f"runpy.run_path({data_module.__file__!r})"
+    code = f"import runpy, sys; {run}; sys.exit(len({{'keras', 'tf_keras', 'tensorflow'}} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,9 +1,13 @@
-"""Image data sets for the training job: the embedded digits, those of keras.datasets, or arrays in an .npz file."""
+"""Image data sets for the training job: the embedded digits, those of keras.datasets, or arrays in an .npz file.
+
+Importing this needs NumPy only; Keras is imported when one of its data sets is loaded.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,11 +18,14 @@ _KEYS = ("x_train", "y_train", "x_test", "y_test")
 _DIGITS = Path(__file__).with_name("digits.npz")
 _DIGITS_SIZE = 28
 
-# What Keras looks for in its directory of data sets.
+# What Keras looks for in its directory of data sets. Older releases (3.5) have another name for CIFAR-10's archive.
 _KERAS_DATASETS = {
-    "mnist": "mnist.npz",
-    "fashion_mnist": "fashion-mnist/train-images-idx3-ubyte.gz",
-    "cifar10": "cifar-10-batches-py-target",
+    "mnist": ["mnist.npz"],
+    "fashion_mnist": [
+        f"fashion-mnist/{part}-ubyte.gz"
+        for part in ("train-labels-idx1", "train-images-idx3", "t10k-labels-idx1", "t10k-images-idx3")
+    ],
+    "cifar10": ["cifar-10-batches-py-target_archive"],
 }
 
 
@@ -66,7 +73,8 @@ def load_data(name_or_path: str | os.PathLike[str]) -> Data:
 
     Raises:
         FileNotFoundError: When there is no file at the path, or Keras neither has the data set nor can download it.
-        ValueError: When the name is unknown, the file is not an .npz, arrays are missing or do not fit together.
+        ValueError: When the name is unknown, the file is not an .npz, arrays are missing or do not fit together, or
+            Keras cannot read what is in its cache.
 
     Example:
         >>> from keras_sparse_init.training.data import load_data
@@ -148,7 +156,8 @@ def _images(name: str, key: str, x: Any) -> np.ndarray:
     if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
         # The scale of other integers (0 to 255? 0 to 16?) would be a guess.
         raise ValueError(f"{name}: {key} must be uint8 (0 to 255) or floating point. Received: {x.dtype}")
-    x = x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
+    # One float32 array: CIFAR-10 takes 600 MB. In the order of its axes: Keras gives a transposed view of it.
+    x = np.divide(x, 255, dtype=np.float32, order="C") if x.dtype == np.uint8 else x.astype(np.float32)
     if not np.isfinite(x).all():
         raise ValueError(f"{name}: {key} must be finite in float32. Received: NaN or infinite values")
     return x[..., np.newaxis] if x.ndim == 3 else x
@@ -175,13 +184,29 @@ def _from_keras(name: str) -> Data:
     try:
         (x_train, y_train), (x_test, y_test) = getattr(keras.datasets, name).load_data()
     except Exception as error:  # Keras raises a bare one when it cannot download, others for damaged files.
-        home = os.environ.get("KERAS_HOME") or os.path.join(os.path.expanduser("~"), ".keras")
+        paths = [os.path.join(_keras_cache(), file) for file in _KERAS_DATASETS[name]]
+        missing = [path for path in paths if not os.path.exists(path)]
+        if not missing:
+            raise ValueError(
+                f"Keras cannot load the data set {name!r} from {', '.join(map(repr, paths))}: {error!r}. If a file is "
+                "damaged, delete it: Keras then downloads it again"
+            ) from error
         raise FileNotFoundError(
-            f"The data set {name!r} cannot be had: Keras looked for "
-            f"{os.path.join(home, 'datasets', _KERAS_DATASETS[name])!r} and answers: {error}. "
-            f"Offline, take DATA = 'digits', which is embedded, or the path of an .npz file with {', '.join(_KEYS)}"
+            f"The data set {name!r} cannot be had: Keras looked for {', '.join(map(repr, missing))} and answers: "
+            f'{error!r}. Offline, take DATA = "digits", which is embedded, or the path of an .npz file with '
+            f"{', '.join(_KEYS)}"
         ) from error
     return make_data(name, x_train, y_train, x_test, y_test)
+
+
+def _keras_cache() -> str:
+    """Where Keras looks for data sets: its `get_file` tells the path only when it succeeds."""
+    from keras.src.backend.config import keras_home  # Not public. Keras reads KERAS_HOME only when it is imported.
+
+    home = os.path.expanduser(keras_home())
+    if not os.access(home, os.W_OK):
+        home = os.path.join("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir(), ".keras")
+    return os.path.join(home, "datasets")
 
 
 def _from_npz(path: str) -> Data:
