@@ -92,7 +92,7 @@ def _train(arguments: argparse.Namespace) -> int:
         result = job.run(arguments.output_dir, config=config)
     except FloatingPointError as error:
         return _fail(error, code=1)
-    except OSError as error:  # Such as a directory that may not be made, or a full disk.
+    except (OSError, ValueError) as error:  # A directory that may not be made, a full disk, a damaged checkpoint.
         return _fail(error, code=2)
     print(f"\n{result.table}\n\ntest accuracy {result.summary['test_accuracy']:.2%}\nresults in {result.directory}")
     return 0

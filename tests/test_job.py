@@ -213,13 +213,13 @@ class Stopped(Exception):
     """Stands for whatever ends a process."""
 
 
-def _stop_at(monkeypatch, step):
+def _stop_at(monkeypatch, step, error=Stopped):
     on_batch_end = Progress.on_batch_end
 
     def stopping(self, batch, logs):
         wrote = on_batch_end(self, batch, logs)
         if self.step >= step:
-            raise Stopped
+            raise error
         return wrote
 
     monkeypatch.setattr(Progress, "on_batch_end", stopping)
@@ -353,3 +353,93 @@ def test_masks_that_are_not_there_or_do_not_fit_are_clear_errors(result, data, t
         Scratch(0.5, masks_from="runs/a")
     with pytest.raises(ValueError, match="`shuffled` must be"):
         Scratch(0.5, shuffled=True)
+
+
+def _stopped(data, directory, monkeypatch, step, error=Stopped, **changes):
+    """An unfinished run of 90 steps with rows every 10 and checkpoints every 20."""
+    with monkeypatch.context() as patch:
+        _stop_at(patch, step, error)
+        with pytest.raises(error):
+            _go_on(data, directory, **changes)
+
+
+def _go_on(data, directory, **changes):
+    settings = _settings(steps=90, log_every=10, checkpoint_every=20) | changes
+    return train(_network, data, Scratch(0.7), output_dir=directory, **settings)
+
+
+def test_rows_outlive_a_second_stop_and_whatever_becomes_of_the_file(data, tmp_path, monkeypatch):
+    whole = _go_on(data, tmp_path / "whole")
+    stopped = tmp_path / "stopped"
+    _stopped(data, stopped, monkeypatch, 50)
+    on_disk = []
+    with monkeypatch.context() as patch:
+
+        def die(self, batch, logs):
+            on_disk.append((stopped / "metrics.csv").read_text())
+            raise Stopped
+
+        patch.setattr(Progress, "on_batch_end", die)
+        with pytest.raises(Stopped):
+            _go_on(data, stopped)
+    assert [int(line.split(",")[0]) for line in on_disk[0].splitlines()[1:]] == [10, 20, 30, 40]
+    for damage in (lambda path: path.unlink(), lambda path: path.write_text("step,loss\n10,0.")):
+        damage(stopped / "metrics.csv")
+        _stopped(data, stopped, monkeypatch, 70)
+    resumed = _go_on(data, stopped)
+    assert (stopped / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
+    assert resumed.summary["early"] == whole.summary["early"]
+
+
+def test_ctrl_c_between_two_rows_keeps_the_steps_and_their_share_of_the_next_row(data, tmp_path, monkeypatch):
+    settings = {"steps": 120, "log_every": 60, "checkpoint_every": 500}
+    whole = _go_on(data, tmp_path / "whole", **settings)
+    _stopped(data, tmp_path / "stopped", monkeypatch, 25, KeyboardInterrupt, **settings)
+    assert checkpoints.last(tmp_path / "stopped").name == "step-000000025.npz"
+    resumed = _go_on(data, tmp_path / "stopped", **settings)
+    for weight, expected in zip(resumed.model.get_weights(), whole.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(weight, expected)
+    for row, expected in zip(*(_rows(r.directory / "metrics.csv") for r in (resumed, whole)), strict=True):
+        assert {k: float(v) for k, v in row.items()} == pytest.approx({k: float(v) for k, v in expected.items()})
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(data, tmp_path, monkeypatch):
+    whole = _go_on(data, tmp_path / "whole")
+    _stopped(data, tmp_path / "stopped", monkeypatch, 75)
+    newest = checkpoints.last(tmp_path / "stopped")
+    for content in (newest.read_bytes()[:1000], b"", b"no archive"):
+        newest.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{newest.name}' is damaged"):
+            _go_on(data, tmp_path / "stopped")
+    newest.unlink()
+    assert checkpoints.last(tmp_path / "stopped").name == "step-000000040.npz"
+    resumed = _go_on(data, tmp_path / "stopped")
+    for weight, expected in zip(resumed.model.get_weights(), whole.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(weight, expected)
+
+
+def test_a_job_runs_once(data, tmp_path):
+    job = Job(_network, data, Scratch(0.7), **_settings(steps=1))
+    job.run(tmp_path / "first")
+    with pytest.raises(RuntimeError, match="runs once"):
+        job.run(tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_model_that_does_not_fit_the_images_is_refused_before_anything_is_written(data, tmp_path):
+    inputs = tf_keras.Input((6, 6, 1))
+    flat = tf_keras.layers.Flatten()(inputs)
+    two = tf_keras.Model(inputs, [tf_keras.layers.Dense(3)(flat), tf_keras.layers.Dense(3)(flat)])
+    for model, message in (
+        (lambda *_: mlp((5, 5, 1), 3), r"must take images of shape \(6, 6, 1\).*\(None, 5, 5, 1\)"),
+        (two, "one logit for each of the 3 classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(model, data, Scratch(0.5), output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_a_killed_run_had_only_begun_is_taken(data, tmp_path):
+    (tmp_path / "job.tmp").write_text("{")
+    train(_network, data, Scratch(0.7), output_dir=tmp_path, **_settings(steps=1))
+    assert not (tmp_path / "job.tmp").exists()

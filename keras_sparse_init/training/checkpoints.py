@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,16 @@ import numpy as np
 _FOLDER = "checkpoints"
 
 
-def save(directory: Path, step: int, seconds: float, model: Any) -> Path:
+def save(directory: Path, model: Any, step: int, **progress: Any) -> Path:
     """Writes a checkpoint in one piece, so that a run that is killed meanwhile keeps the one before.
 
-    Kept are the checkpoint of step 0, from which lottery tickets start, and the newest one.
+    Kept are the checkpoint of step 0, from which lottery tickets start, and the newest two.
 
     Args:
         directory: The run's directory.
-        step: How many steps were made.
-        seconds: How long they took.
         model: The compiled model, its optimizer built.
+        step: How many steps were made.
+        **progress: Numbers and arrays that `restore` gives back by these names.
 
     Returns:
         The file's path.
@@ -33,13 +34,12 @@ def save(directory: Path, step: int, seconds: float, model: Any) -> Path:
     temporary = path.with_suffix(".tmp")
     arrays = {name: compat.to_numpy(name, variable) for name, variable in _variables(model).items()}
     with temporary.open("wb") as file:
-        np.savez(file, step=step, seconds=seconds, **arrays)
+        np.savez(file, **{f"progress/{name}": value for name, value in {"step": step, **progress}.items()}, **arrays)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    for old in _steps(directory):
-        if old not in (folder / f"step-{0:09d}.npz", path):
-            old.unlink()
+    for old in [*_steps(directory)[1:-2], *folder.glob("*.tmp")]:  # One that is left of a killed run, too.
+        old.unlink()
     return path
 
 
@@ -48,28 +48,37 @@ def last(directory: Path) -> Path | None:
     return max(_steps(directory), default=None)
 
 
-def restore(path: Path, model: Any) -> tuple[int, float]:
+def restore(path: Path, model: Any) -> dict[str, np.ndarray]:
     """Gives a compiled model and its optimizer the values of a checkpoint.
 
     Returns:
-        How many steps were made, and how many seconds they took.
+        The step and whatever else `save` was given, by name.
 
     Raises:
-        ValueError: When the checkpoint is of another model or optimizer.
+        ValueError: When the checkpoint is damaged, or of another model or optimizer.
     """
     from keras_sparse_init import compat
 
     variables = _variables(model)
-    with np.load(path, allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in archive.files}
-    step, seconds = int(arrays.pop("step")), float(arrays.pop("seconds"))
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"The checkpoint {str(path)!r} is damaged ({error}); without it the run goes on from the one before"
+        ) from error
+    progress = {name: arrays.pop(f"progress/{name}") for name in _progress_names(arrays)}
     found = {name: array.shape for name, array in arrays.items()}
     expected = {name: tuple(variable.shape) for name, variable in variables.items()}
     if found != expected:
         raise ValueError(f"The checkpoint {str(path)!r} is of another model or optimizer")
     for name, variable in variables.items():
         compat.assign(variable, arrays[name])
-    return step, seconds
+    return progress
+
+
+def _progress_names(arrays: dict[str, np.ndarray]) -> list[str]:
+    return [name.removeprefix("progress/") for name in arrays if name.startswith("progress/")]
 
 
 def _steps(directory: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from keras_sparse_init.training import checkpoints, run_dir
 from keras_sparse_init.training.data import Data, load_data
 from keras_sparse_init.training.experiments import Scratch
 from keras_sparse_init.training.optimizers import OPTIMIZERS, make_optimizer
-from keras_sparse_init.training.progress import Progress
+from keras_sparse_init.training.progress import COLUMNS, Progress
 
 # Small models spend most of a step on the way into TensorFlow: 25 steps an execution are 1.05 to 1.9 times as fast.
 _STEPS_PER_EXECUTION = 25
@@ -117,8 +117,8 @@ class Job:
             "seed": int(seed),
         }
         network = model if hasattr(model, "layers") else model(self.data.input_shape, self.data.classes)
-        _check_output(network, self.data)
-        self.network = network.name
+        _check_fit(network, self.data)
+        self.network, self._has_run = network.name, False
         self.model = self.experiment.prepare(network, seed=self.settings["seed"])
 
     def table(self) -> Any:
@@ -151,7 +151,8 @@ class Job:
 
         model.keras is a plain model that loads without this package; masks.npz has the mask of each kernel by its name;
         job.json says what the numbers depend on. A run that was interrupted goes on from its last checkpoint, and ends
-        with the weights of one that was not.
+        with the weights of one that was not (in a model without Dropout or noise layers, whose random state tf_keras
+        does not give away).
 
         Args:
             output_dir: Where to write: a new or empty directory, or that of an unfinished run of this very job. None
@@ -165,7 +166,11 @@ class Job:
             FileExistsError: When the directory holds anything else.
             FloatingPointError: When the loss becomes NaN or infinite.
             KeyboardInterrupt: When it was interrupted; a checkpoint is written first.
+            RuntimeError: When the job has run before.
+            ValueError: When the last checkpoint is damaged.
         """
+        if self._has_run:
+            raise RuntimeError("A job runs once: its model is trained. Make another `Job`")
         described, table = self.experiment.describe(), self.table()
         if output_dir is None:
             output_dir = run_dir.default_output_dir(
@@ -178,6 +183,7 @@ class Job:
         directory = run_dir.claim(output_dir, self._identity(config))
         if config is not None:
             (directory / "operative_config.gin").write_text(config, encoding="utf-8")
+        self._has_run = True
         early, metrics, seconds = self._fit(directory)
 
         from keras_sparse_init.sparse_model import apply_masks, masked_kernels, strip
@@ -214,7 +220,6 @@ class Job:
         masks = [kernel.mask_value() for kernel in masked_kernels(self.model)]
         arrays = [self.data.x_train, self.data.y_train, self.data.x_test, self.data.y_test]
         return {
-            "network": self.network,
             **self.experiment.describe(),
             **self.settings,
             "weights": [list(variable.shape) for variable in self.model.variables],
@@ -243,9 +248,8 @@ class Job:
             steps_per_execution=min(_STEPS_PER_EXECUTION, log_every),
         )
         checkpoint = checkpoints.last(directory)
-        start, before = (0, 0.0) if checkpoint is None else checkpoints.restore(checkpoint, self.model)
-        if checkpoint is None:
-            checkpoints.save(directory, 0, 0.0, self.model)
+        reached = {"step": 0} if checkpoint is None else checkpoints.restore(checkpoint, self.model)
+        saved, seconds_before = int(reached.pop("step")), float(reached.pop("seconds", 0.0))
         started = time.perf_counter()
         progress = Progress(
             directory / "metrics.csv",
@@ -253,33 +257,37 @@ class Job:
             log_every,
             lambda: self._evaluate()[1],
             self.model.reset_metrics,
-            start,
+            step=saved,
+            **reached,
         )
-        saved = start
+
+        def seconds() -> float:
+            return seconds_before + time.perf_counter() - started
 
         def save() -> None:
             nonlocal saved
             saved = progress.step
-            checkpoints.save(directory, saved, before + time.perf_counter() - started, self.model)
+            rows = np.array(progress.rows).reshape(-1, len(COLUMNS))
+            checkpoints.save(directory, self.model, saved, seconds=seconds(), rows=rows, pending=progress.pending)
 
         def follow(batch: int, logs: dict[str, Any]) -> None:
-            every = self.settings["checkpoint_every"]
-            if progress.on_batch_end(batch, logs) and (
-                progress.step // every > saved // every or progress.step == steps
-            ):
+            wrote, every = progress.on_batch_end(batch, logs), self.settings["checkpoint_every"]
+            if wrote and (progress.step // every > saved // every or progress.step == steps):
                 save()
 
         with progress:
+            if checkpoint is None:
+                save()
             try:
-                if start < steps:
+                if saved < steps:
                     callback = keras.callbacks.LambdaCallback(on_train_batch_end=follow)
-                    self.model.fit(self._batches(start), callbacks=[callback], verbose=0)
+                    self.model.fit(self._batches(saved), callbacks=[callback], verbose=0)
             except KeyboardInterrupt:
                 # Steps that were made after the last callback would be made again.
                 if progress.step > saved and progress.step == compat.iterations(self.model):
                     save()
                 raise
-        return progress.first, progress.last, before + time.perf_counter() - started
+        return progress.row(0), progress.row(-1), seconds()
 
     def _batches(self, start: int = 0) -> Any:
         """The batches of the steps from `start` on: the images in a new order each epoch, no break between epochs."""
@@ -363,12 +371,19 @@ def _check(valid: bool, name: str, value: Any, meaning: str) -> None:
         raise ValueError(f"`{name}` must be {meaning}. Received: {name}={value!r}")
 
 
-def _check_output(model: Any, data: Data) -> None:
+def _check_fit(model: Any, data: Data) -> None:
     shape = getattr(model, "output_shape", None)  # A model that is not built yet has none to check.
-    if isinstance(shape, tuple) and shape[-1] != data.classes:
+    if shape is not None and (not isinstance(shape, tuple) or shape[-1] != data.classes):
         raise ValueError(
             f"The model must have one logit for each of the {data.classes} classes of {data.name}. "
             f"Received: a model with output shape {shape}"
+        )
+    taken, given = getattr(model, "input_shape", None), (None, *data.input_shape)
+    fits = isinstance(taken, tuple) and len(taken) == len(given)
+    if taken is not None and not (fits and all(n in (None, m) for n, m in zip(taken, given, strict=True))):
+        raise ValueError(
+            f"The model must take images of shape {data.input_shape}, those of {data.name}. "
+            f"Received: a model with input shape {taken}"
         )
 
 

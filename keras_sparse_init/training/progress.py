@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ class Progress:
         log_every: Steps between two rows. The last step always gets one.
         evaluate: Gives the test accuracy as it is now.
         reset: Starts the running means of loss and accuracy anew, so that a row's are those since the row before.
-        start: The number of steps that a resumed run has made. Rows of the file up to there are kept.
+        step: The number of steps that a resumed run has made.
+        rows: The rows that it has written: they are written again, so that the file is whole whatever became of it.
+        pending: Steps since the last of these rows, and the means of loss and accuracy over them.
     """
 
     def __init__(
@@ -36,18 +38,20 @@ class Progress:
         log_every: int,
         evaluate: Callable[[], float],
         reset: Callable[[], None],
-        start: int = 0,
+        step: int = 0,
+        rows: Sequence[Sequence[float]] = (),
+        pending: Sequence[float] = (0, 0.0, 0.0),
     ) -> None:
-        kept = [row for row in _read(path) if row["step"] <= start] if start else []
-        self.first: dict[str, float] = kept[0] if kept else {}
-        self.last: dict[str, float] = kept[-1] if kept else {}
-        self.step = self._start = start
+        self.rows = [(int(row[0]), *map(float, row[1:])) for row in rows]
+        self.step = self._start = step
+        self.pending = self._carried = (int(pending[0]), float(pending[1]), float(pending[2]))
         self._steps, self._log_every = steps, log_every
         self._evaluate, self._reset = evaluate, reset
-        self._file = path.open("w", newline="", encoding="utf-8")
-        self._rows = csv.DictWriter(self._file, COLUMNS)
-        self._rows.writeheader()
-        self._rows.writerows(kept)
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([COLUMNS, *self.rows])
+        temporary.replace(path)
+        self._file = path.open("a", newline="", encoding="utf-8")
         console = rich.console.Console(file=sys.stderr)
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("training"),
@@ -58,7 +62,7 @@ class Progress:
             console=console,
             disable=not console.is_interactive,
         )
-        self._task = self._bar.add_task("", total=steps, completed=start)
+        self._task = self._bar.add_task("", total=steps, completed=step)
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -82,26 +86,30 @@ class Progress:
             raise FloatingPointError(f"The loss is {logs['loss']} at step {step}: a smaller learning rate may help")
         self.step = step
         self._bar.update(self._task, completed=step)
+        carried, *means = self._carried
+        made = step - (self.rows[-1][0] if self.rows else 0)
+        loss, accuracy = (
+            (carried * before + (made - carried) * logs[name]) / made
+            for name, before in zip(("loss", "accuracy"), means, strict=True)
+        )
+        self.pending = made, loss, accuracy
         # Several steps may run in one execution, and the step of a row may lie inside it: hence //, not %.
-        if step // self._log_every > self.last.get("step", 0) // self._log_every or step == self._steps:
-            self._log(step, logs)
+        if step // self._log_every > (step - made) // self._log_every or step == self._steps:
+            self._log(step, loss, accuracy)
             return True
         return False
 
-    def _log(self, step: int, logs: dict[str, Any]) -> None:
-        row = dict(zip(COLUMNS, (step, float(logs["loss"]), float(logs["accuracy"]), self._evaluate()), strict=True))
+    def row(self, number: int) -> dict[str, float]:
+        """A row by the names of its columns."""
+        return dict(zip(COLUMNS, self.rows[number], strict=True))
+
+    def _log(self, step: int, loss: float, accuracy: float) -> None:
+        self.rows.append((step, loss, accuracy, self._evaluate()))
         self._reset()
-        self._rows.writerow(row)
+        self.pending = self._carried = (0, 0.0, 0.0)
+        csv.writer(self._file).writerow(self.rows[-1])
         self._file.flush()
-        self.first = self.first or row
-        self.last = row
-        text = "loss {loss:.4f}  train {train_accuracy:.2%}  test {test_accuracy:.2%}".format(**row)
+        text = "loss {loss:.4f}  train {train_accuracy:.2%}  test {test_accuracy:.2%}".format(**self.row(-1))
         self._bar.update(self._task, description=text)
         if self._bar.disable:
             print(f"step {step}/{self._steps}  {text}", file=sys.stderr, flush=True)
-
-
-def _read(path: Path) -> list[dict[str, float]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    return [{**row, "step": int(row["step"])} for row in rows]

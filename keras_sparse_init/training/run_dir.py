@@ -38,7 +38,8 @@ def check_output_dir(path: str | os.PathLike[str]) -> Path:
         raise FileExistsError(f"The output directory {str(path)!r} is a file")
     if (path / SUMMARY).is_file():
         raise FileExistsError(f"The output directory {str(path)!r} holds a finished run; results are never overwritten")
-    if path.is_dir() and any(path.iterdir()) and not (path / JOB).is_file():
+    begun = (path / JOB).with_suffix(".tmp")  # All that is left of a run that was killed at once.
+    if path.is_dir() and any(file != begun for file in path.iterdir()) and not (path / JOB).is_file():
         raise FileExistsError(f"The output directory {str(path)!r} is not empty; results are never overwritten")
     return path
 
@@ -59,7 +60,10 @@ def claim(path: str | os.PathLike[str], job: dict[str, Any]) -> Path:
     path = check_output_dir(path)
     job = json.loads(json.dumps(job))
     if (path / JOB).is_file():
-        started = json.loads((path / JOB).read_text(encoding="utf-8"))
+        try:
+            started = dict(json.loads((path / JOB).read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise FileExistsError(f"The output directory {str(path)!r} has a {JOB} that is none: {error}") from error
         if differ := sorted(name for name in started.keys() | job.keys() if started.get(name) != job.get(name)):
             name = differ[0]
             raise FileExistsError(
