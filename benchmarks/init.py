@@ -4,8 +4,8 @@
 
 Every row alternates the two in one process and compares medians. Ours is the default truncated normal, per-unit
 fan-in, returned as a TensorFlow tensor, with the mask given (as the uint8 array that rules return, and as the float32
-array that pruning wrappers hold). "limit" is one pass on two threads that reads the mask and writes an output of that
-size: no initializer can take less.
+array that pruning wrappers hold); lists of kernels on two threads, as `reinitialize` draws a model's. "limit" is one
+pass on two threads that reads the mask and writes an output of that size: no initializer can take less.
 
 Bounds (the uint8 mask): 4096x4096 at 95% sparsity at least 6x faster, at 98% 10x, dense 1.3x; the convolutions of a
 ResNet-50 at 95% 6x; 784x300 at 95% 2000x faster than a Python loop that draws every nonzero with TensorFlow.

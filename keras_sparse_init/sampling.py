@@ -49,9 +49,10 @@ def sample(
 ) -> np.ndarray:
     """Random values of mean 0 and the given standard deviations, exactly 0 where the mask is 0.
 
-    truncated_normal: N(0, 1) redrawn beyond 2 sigma and divided by 0.87962566, so that the variance is exact.
-    uniform: between -sqrt(3) std and sqrt(3) std. Half-precision types are drawn in float32 and cast. A weight
-    whose mask is 1 is never exactly 0, so that `kernel != 0` recovers the mask.
+    truncated_normal: N(0, 1) between -2 and 2 sigma, divided by 0.87962566, so that the variance is exact; float64 by
+    drawing again beyond 2 sigma, float32 by the quantile function, to 6e-6 of a standard deviation. uniform: between
+    -sqrt(3) std and sqrt(3) std. Half-precision types are drawn in float32 and cast. A weight whose mask is 1 is never
+    exactly 0, so that `kernel != 0` recovers the mask.
 
     Args:
         std: Array that broadcasts to `shape`.
