@@ -104,7 +104,10 @@ def _interrupted(directory, signal_number, *bindings):
     """Starts a run of 4000 steps that checkpoints every 20, and sends it a signal at about step 40."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     arguments = ["train", "--gin_file", "mlp/scratch.gin", *_bindings(*_RESUMED, *bindings), "--output_dir", "out"]
-    command = [sys.executable, "-m", "keras_sparse_init.cli", *arguments]
+    # Where the tests run in the background, their children start with SIGINT ignored.
+    script = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    script += "from keras_sparse_init.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, *arguments]
     with subprocess.Popen(command, cwd=directory, env=env, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if line.startswith("step 40/"):
