@@ -75,7 +75,8 @@ def gain(activation: str | Callable[..., Any] | None, negative_slope: float | No
         the customary ones of `torch.nn.init.calculate_gain`.
     """
     name = "linear" if activation is None else getattr(activation, "__name__", activation)
-    if isinstance(name, str) and name == "leaky_relu":
+    name = name if isinstance(name, str) else None  # Which no table has.
+    if name == "leaky_relu":
         slope = 0.2 if negative_slope is None else negative_slope
         return math.sqrt(2.0 / (1.0 + check_finite("negative_slope", slope) ** 2))
     if negative_slope is not None:
@@ -83,9 +84,9 @@ def gain(activation: str | Callable[..., Any] | None, negative_slope: float | No
             f"`negative_slope` belongs to the activation 'leaky_relu'. "
             f"Received: activation={name!r}, negative_slope={negative_slope}"
         )
-    if isinstance(name, str) and name in _FIXED_GAINS:
+    if name in _FIXED_GAINS:
         return _FIXED_GAINS[name]
-    if isinstance(name, str) and name in _INTEGRATED_GAINS:
+    if name in _INTEGRATED_GAINS:
         return _integrated_gain(name)
     allowed = sorted([*_FIXED_GAINS, *_INTEGRATED_GAINS, "leaky_relu"])
     raise ValueError(f"`activation` must be one of {', '.join(allowed)}. Received: activation={activation!r}")

@@ -154,6 +154,15 @@ def test_the_operative_config_makes_the_same_job_again(trained):
             np.testing.assert_array_equal(kernel.mask, masks[kernel.name])
 
 
+def test_the_masks_of_a_run_are_taken_by_bindings(trained):
+    _, out = trained
+    bindings = ["SPARSITY=None", f"scratch.masks_from='{out}'", "SEED=5"]
+    job, _ = make_job([find_config("lenet5/scratch.gin")], bindings)
+    with np.load(out / "masks.npz") as masks:
+        for kernel in masked_kernels(job.model):
+            np.testing.assert_array_equal(kernel.mask, masks[kernel.name])
+
+
 def test_report_of_a_trained_run_has_its_numbers(trained, capsys):
     _, out = trained
     assert cli.main(["report", str(out)]) == 0

@@ -231,3 +231,9 @@ def test_the_std_of_an_empty_or_unknown_shape_is_an_error(shape):
 def test_numbers_of_numpy_are_numbers(number):
     assert check_positive("scale", number) == check_finite("scale", number) == 2.0
     assert isinstance(check_positive("scale", number), float)
+
+
+@pytest.mark.parametrize("activation", [["relu"], 3, np.ones(2)])
+def test_what_is_no_activation_is_refused_by_name(activation):
+    with pytest.raises(ValueError, match="`activation` must be one of"):
+        gain(activation)

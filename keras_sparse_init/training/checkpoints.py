@@ -15,7 +15,7 @@ _FOLDER = "checkpoints"
 def save(directory: Path, model: Any, step: int, **progress: Any) -> Path:
     """Writes a checkpoint in one piece, so that a run that is killed meanwhile keeps the one before.
 
-    Kept are the checkpoint of step 0, from which lottery tickets start, and the newest two.
+    Kept are the checkpoint of step 0, the initialization, and the newest two.
 
     Args:
         directory: The run's directory.
