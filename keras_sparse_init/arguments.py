@@ -9,6 +9,11 @@ from typing import Any
 import numpy as np
 
 
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer of Python or NumPy; booleans are not."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool | np.bool_)
+
+
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     """`value` when it is one of `allowed`; a ValueError that names the argument when not."""
     if not isinstance(value, str) or value not in allowed:

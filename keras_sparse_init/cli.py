@@ -56,6 +56,15 @@ def _parser() -> argparse.ArgumentParser:
         "or any parameter, such as train.log_every=50; may be repeated",
     )
     train.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a Python module, looked for in the working directory too, whose functions and classes bindings may name, "
+        "such as train.model=@my_network; may be repeated",
+    )
+    train.add_argument(
         "--output_dir",
         metavar="DIR",
         help="where to write the results: a new or empty directory, or that of the same job, interrupted, which then "
@@ -84,7 +93,7 @@ def _train(arguments: argparse.Namespace) -> int:
         _import_tensorflow_quietly()
         from keras_sparse_init.training.gin_registry import make_job
 
-        job, config = make_job(files, arguments.gin_bindings)
+        job, config = make_job(files, arguments.gin_bindings, arguments.imports)
     except (ValueError, OSError) as error:
         return _fail(error, code=2)
     print(job, flush=True)

@@ -66,6 +66,21 @@ def library_of(obj: Any) -> Any:
     raise TypeError(f"Expected a layer or model of tf_keras or keras. Received: {obj!r} of type {type(obj).__name__}")
 
 
+def library_of_variable(variable: Any) -> Any:
+    """The Keras package that a variable belongs to."""
+    return tf_keras if isinstance(variable, tf.Variable) else keras
+
+
+def library(name: str) -> Any:
+    """The Keras package of a name, "keras" or "tf_keras"."""
+    return {"keras": keras, "tf_keras": tf_keras}[name]
+
+
+def backend_of(obj: Any) -> str:
+    """What a layer or model runs on: "tensorflow", or what Keras 3 is configured for."""
+    return "tensorflow" if library_of(obj) is tf_keras else keras.backend.backend()
+
+
 def float_dtype(dtype: Any) -> str:
     """The name of a floating dtype given as either Keras gives it; None is the default float type.
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
-from keras_sparse_init import compat, fans, masks, tfmot, tfmot_wrapper, traversal
+from keras_sparse_init import compat, fans, masks, traversal
 from keras_sparse_init.arguments import check_choice, check_seed, check_sparsity
 from keras_sparse_init.blocks import map_blocks
-from keras_sparse_init.layers import Masked
 from keras_sparse_init.masked_kernel import MaskedKernel, masked_kernels
 from keras_sparse_init.matching import mask_aware, unaware
 from keras_sparse_init.sampling import derive_seed
 from keras_sparse_init.slots import slots_of
 from keras_sparse_init.table import SparsityRow, SparsityTable
+from keras_sparse_init.wrapping import Wrapper, check_wrapper, unwrap_kernels, wrap_kernels
 
 
 def set_masks(model: Any, masks_or_rule: Any, seed: int | None = None) -> None:
@@ -140,7 +139,7 @@ def sparsify(
     method: masks.SparsityMethod = "erk",
     rule: Any = masks.Random,
     initializer: Any = None,
-    wrapper: Literal["tfmot", "masked"] | None = None,
+    wrapper: Wrapper | None = None,
     skip: Iterable[str] | Callable[[Any], bool] | None = None,
     seed: int | None = None,
 ) -> Any:
@@ -183,69 +182,25 @@ def sparsify(
         11760
     """
     check_sparsity(sparsity)
-    of_tf_keras = compat.library_of(model) is compat.tf_keras
-    if wrapper is None:
-        wrapper = "tfmot" if of_tf_keras else "masked"
-    check_choice("wrapper", wrapper, ("tfmot", "masked"))
-    if wrapper == "tfmot" and not of_tf_keras:
-        raise TypeError(
-            "`wrapper='tfmot'` needs a tf_keras model; a Keras 3 model takes 'masked'. "
-            f"Received: {type(model).__name__} of Keras 3"
-        )
-    if not model.built:
-        raise ValueError(f"`model` must be built. Received: the model {model.name!r}, which has no weights yet")
+    wrapper = check_wrapper(model, wrapper)
     base = _base_seed(seed)
     check_choice("method", method, get_args(masks.SparsityMethod))
     if not isinstance(rule, type) and not hasattr(rule, "with_sparsity"):
         raise TypeError(f"`rule` must be a class of masks or a rule that has `with_sparsity`. Received: {rule!r}")
     if initializer is not None:
         mask_aware(initializer, "initializer", (1, 1), fans.kernel_layout("dense", (1, 1)))
-    skipped = _skipped_layers(model, skip)
-    left_dense: list[str] = []
-
-    def wrap_in_tfmot(layer: Any, copy: Callable[[Any], Any]) -> Any:
-        if tfmot.can_wrap(layer):
-            return tfmot.static_wrapper(copy(layer))
-        if any(len(weight.shape) > 1 for weight in traversal.own_variables(layer)):
-            left_dense.append(layer.name)
-        return None
-
-    def wrap_in_masked(layer: Any, copy: Callable[[Any], Any]) -> Any:
-        inside = [below for _, _, below in traversal.walk(layer)]
-        if any(id(below) in skipped or traversal.is_mask_wrapper(below) for below in inside):
-            return None
-        return Masked(copy(layer)) if traversal.kernels_of(layer) else None
-
-    def wrap(layer: Any, copy: Callable[[Any], Any]) -> Any:
-        if id(layer) in skipped or traversal.is_mask_wrapper(layer):
-            return copy(layer)
-        wrapped = (wrap_in_tfmot if wrapper == "tfmot" else wrap_in_masked)(layer, copy)
-        if wrapped is not None and wrapped.layer.built:
-            wrapped.build(None)
-        return wrapped
-
-    sparse = traversal.rebuild(model, wrap)
-    kernels = masked_kernels(sparse)
-    if not kernels:
-        raise ValueError(f"`model` must have a layer with a kernel to mask. Received: the model {model.name!r}")
-    if left_dense:
-        warnings.warn(
-            f"tfmot cannot wrap these layers, which stay dense: {', '.join(left_dense)}. "
-            "Name them in `skip` if that is meant; `wrapper='masked'` masks them.",
-            stacklevel=2,
-        )
+    sparse = wrap_kernels(model, wrapper, skip)
     try:
-        _mask_and_draw(kernels, sparse, sparsity, method, rule, initializer, base)
+        _mask_and_draw(sparse, sparsity, method, rule, initializer, base)
     except (TypeError, ValueError):
         if sparse is model:  # A subclassed model was changed in place.
-            traversal.rebuild(sparse, _unwrap)
+            unwrap_kernels(sparse)
         raise
     return sparse
 
 
-def _mask_and_draw(
-    kernels: list[MaskedKernel], sparse: Any, sparsity: float, method: Any, rule: Any, initializer: Any, seed: int
-) -> None:
+def _mask_and_draw(sparse: Any, sparsity: float, method: Any, rule: Any, initializer: Any, seed: int) -> None:
+    kernels = masked_kernels(sparse)
     # Before a kernel is changed, so that a model keeps its weights when an initializer does not fit.
     for kernel in kernels:
         mask_aware(kernel.initializer if initializer is None else initializer, kernel.name, kernel.shape, kernel.layout)
@@ -298,18 +253,8 @@ def strip(model: Any) -> Any:
         ('out', 16)
     """
     apply_masks(model)
-
-    plain = traversal.rebuild(model, _unwrap)
+    plain = unwrap_kernels(model)
     traversal.replace_initializers(plain, unaware)
-    return plain
-
-
-def _unwrap(layer: Any, copy: Callable[[Any], Any]) -> Any:
-    if not traversal.is_mask_wrapper(layer):
-        return None
-    plain = copy(layer.layer)
-    if tfmot_wrapper.is_wrapper(layer):
-        tfmot.release(plain)
     return plain
 
 
@@ -346,17 +291,3 @@ def _pair(kernels: list[MaskedKernel], masks_or_rule: Any) -> list[tuple[MaskedK
         "`masks_or_rule` must be a rule such as masks.Random(0.9), a list of masks or a mapping from names to masks. "
         f"Received: {masks_or_rule!r}"
     )
-
-
-def _skipped_layers(model: Any, skip: Any) -> set[int]:
-    """The ids of the layers to skip and of all layers inside them."""
-    if skip is None:
-        return set()
-    below = [layer for _, _, layer in traversal.walk(model)]
-    if not callable(skip):
-        names = {skip} if isinstance(skip, str) else set(skip)
-        unknown = sorted(names - {layer.name for layer in below})
-        if unknown:
-            raise ValueError(f"`skip` names unknown layers {unknown}")
-    chosen = [layer for layer in below if (skip(layer) if callable(skip) else layer.name in names)]
-    return {id(inner) for layer in chosen for inner in layer._flatten_layers()}

@@ -74,6 +74,18 @@ def static_wrapper(layer: tf_keras.layers.Layer) -> StaticPruneLowMagnitude:
     return StaticPruneLowMagnitude(layer)
 
 
+def pruned_by(layer: tf_keras.layers.Layer, schedule: Any) -> Any:
+    """The layer in tfmot's own `PruneLowMagnitude`, which prunes it in training with an `UpdatePruningStep` callback.
+
+    Args:
+        layer: A built tf_keras layer that `can_wrap` says tfmot can prune.
+        schedule: A `PolynomialDecay` or `ConstantSparsity` of this package, or a schedule of tfmot.
+    """
+    from keras_sparse_init import tfmot_static
+
+    return tfmot_static.pruned_by(layer, schedule)
+
+
 def release(layer: tf_keras.layers.Layer) -> None:
     """Takes from a layer what a wrapper around it has added to it, so that it can go on without."""
     from keras_sparse_init import tfmot_static

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tf_keras
+from tensorflow_model_optimization.python.core.sparsity.keras import pruning_schedule
 from tensorflow_model_optimization.python.core.sparsity.keras.prune_registry import PruneRegistry
-from tensorflow_model_optimization.python.core.sparsity.keras.pruning_schedule import PruningSchedule
 from tensorflow_model_optimization.python.core.sparsity.keras.pruning_wrapper import PruneLowMagnitude
 
-from keras_sparse_init import compat, fans, traversal
+from keras_sparse_init import compat, fans, schedules, traversal
 from keras_sparse_init.matching import mask_aware
 from keras_sparse_init.packing import pack, unpack
 from keras_sparse_init.sampling import derive_seed
 
 
-class Never(PruningSchedule):
+class Never(pruning_schedule.PruningSchedule):
     """The schedule of a static mask: no step updates it."""
 
     def __call__(self, step: Any) -> tuple[tf.Tensor, tf.Tensor]:
@@ -169,6 +169,14 @@ class StaticPruneLowMagnitude(PruneLowMagnitude):
         masks = config.pop("masks", None)
         masks = None if masks is None else [unpack(mask) for mask in masks]
         return cls(tf_keras.layers.deserialize(config.pop("layer")), masks, **config)
+
+
+def pruned_by(layer: tf_keras.layers.Layer, schedule: Any) -> PruneLowMagnitude:
+    """The layer in tfmot's own wrapper, which prunes it as a schedule of this package or of tfmot says."""
+    if isinstance(schedule, schedules.PruningSchedule):
+        schedule = getattr(pruning_schedule, type(schedule).__name__)(**schedule.get_config())
+    extend_registry(layer)
+    return PruneLowMagnitude(layer, pruning_schedule=schedule)
 
 
 def extend_registry(layer: tf_keras.layers.Layer) -> None:

@@ -28,3 +28,21 @@ def strategy():
     devices = tf.config.list_logical_devices("CPU")
     assert len(devices) == 2, "TensorFlow ran an operation while tests were collected, before it could be split"
     return tf.distribute.MirroredStrategy([device.name for device in devices])
+
+
+@pytest.fixture(scope="session")
+def data():
+    """Images of three classes."""
+    from small_jobs import small_data
+
+    return small_data()
+
+
+@pytest.fixture(scope="session")
+def result(data, tmp_path_factory):
+    """A finished run of a sparse network on these images."""
+    from small_jobs import small_network, small_settings
+
+    from keras_sparse_init.training import Scratch, train
+
+    return train(small_network, data, Scratch(0.7), output_dir=tmp_path_factory.mktemp("run"), **small_settings())

@@ -35,10 +35,10 @@ ORDER = (
     "layers",
     "masked_kernel",
     "slots",
+    "wrapping",
     "sparse_model",
-    "schedules",
-    "magnitude",
     "pruning",
+    "gradients",
     "training",
     "cli",
 )

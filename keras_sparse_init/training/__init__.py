@@ -1,4 +1,4 @@
-"""The training job: data, networks, sparse training from scratch, reports. Names are imported when they are used."""
+"""The training job: data, networks, experiments, reports. Names are imported when they are used."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ _MODULE_OF = {
     "lenet5": "networks",
     "mlp": "networks",
     "Dense": "experiments",
+    "Lottery": "experiments",
+    "Prune": "experiments",
     "Scratch": "experiments",
     "Job": "job",
     "TrainResult": "job",

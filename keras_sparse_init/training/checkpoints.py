@@ -43,6 +43,18 @@ def save(directory: Path, model: Any, step: int, **progress: Any) -> Path:
     return path
 
 
+def first(directory: Path) -> Path:
+    """The checkpoint of step 0 of a run: its initialization.
+
+    Raises:
+        FileNotFoundError: When there is none.
+    """
+    path = directory / _FOLDER / f"step-{0:09d}.npz"
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(directory)!r} has no checkpoint of its beginning: {path} is missing")
+    return path
+
+
 def last(directory: Path) -> Path | None:
     """The newest checkpoint of a run, or None when there is none."""
     return max(_steps(directory), default=None)
@@ -60,13 +72,7 @@ def restore(path: Path, model: Any) -> dict[str, np.ndarray]:
     from keras_sparse_init import compat
 
     variables = _variables(model)
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"The checkpoint {str(path)!r} is damaged ({error}); without it the run goes on from the one before"
-        ) from error
+    arrays = _read(path)
     progress = {name: arrays.pop(f"progress/{name}") for name in _progress_names(arrays)}
     found = {name: array.shape for name, array in arrays.items()}
     expected = {name: tuple(variable.shape) for name, variable in variables.items()}
@@ -77,6 +83,20 @@ def restore(path: Path, model: Any) -> dict[str, np.ndarray]:
     return progress
 
 
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"The checkpoint {str(path)!r} is damaged ({error}); without it the run goes on from the one before"
+        ) from error
+
+
+def _number(name: str) -> int:
+    return int(name.split("/")[1]) if name.split("/")[1].isdigit() else -1
+
+
 def _progress_names(arrays: dict[str, np.ndarray]) -> list[str]:
     return [name.removeprefix("progress/") for name in arrays if name.startswith("progress/")]
 
@@ -85,9 +105,47 @@ def _steps(directory: Path) -> list[Path]:
     return sorted((directory / _FOLDER).glob("step-*.npz"))
 
 
+def weights(path: Path, model: Any) -> list[np.ndarray]:
+    """The weights of a checkpoint for a model of the same network, whatever masks either of them has.
+
+    Args:
+        path: The checkpoint.
+        model: A built model of either Keras, with masks or without.
+
+    Returns:
+        An array for each of `plain_variables(model)`.
+
+    Raises:
+        ValueError: When the checkpoint is damaged, or of another network.
+    """
+    arrays = _read(path)
+    found = [arrays[name] for name in sorted(arrays, key=_number) if name.startswith("model/")]
+    expected = [tuple(variable.shape) for variable in plain_variables(model)]
+    if [array.shape for array in found] != expected:
+        raise ValueError(
+            f"The checkpoint {str(path)!r} is of another network: its weights have shapes "
+            f"{[array.shape for array in found]}, the model's have {expected}"
+        )
+    return found
+
+
+def plain_variables(model: Any) -> list[Any]:
+    """The variables of a model without the masks, thresholds and steps of its wrappers, in the order of a plain one."""
+    from keras_sparse_init import traversal
+
+    own = set()
+    for _, _, layer in traversal.walk(model):
+        if traversal.is_mask_wrapper(layer):
+            own |= {id(v) for v in layer.variables} - {id(v) for v in layer.layer.variables}
+    return [variable for variable in model.variables if id(variable) not in own]
+
+
 def _variables(model: Any) -> dict[str, Any]:
     """By number, since names differ between the Kerases and need not be unique."""
+    plain = plain_variables(model)
+    known = {id(variable) for variable in plain}
     return {
-        **{f"model/{number}": variable for number, variable in enumerate(model.variables)},
+        **{f"model/{number}": variable for number, variable in enumerate(plain)},
+        **{f"masks/{n}": variable for n, variable in enumerate(v for v in model.variables if id(v) not in known)},
         **{f"optimizer/{number}": variable for number, variable in enumerate(model.optimizer.variables)},
     }

@@ -6,8 +6,12 @@ plain call from Python.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
+import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +19,7 @@ import gin
 
 from keras_sparse_init.initializers import SparseScaledInit
 from keras_sparse_init.training.configs import config_root
-from keras_sparse_init.training.experiments import Dense, Scratch
+from keras_sparse_init.training.experiments import Dense, Lottery, Prune, Scratch
 from keras_sparse_init.training.job import Job
 from keras_sparse_init.training.networks import lenet5, mlp
 
@@ -24,6 +28,8 @@ _MODULE = "keras_sparse_init"
 # What the configs call `train` is the making of the job: running it takes no configuration.
 _train = gin.external_configurable(Job, name="train", module=_MODULE)
 gin.external_configurable(Dense, name="dense", module=_MODULE)
+gin.external_configurable(Lottery, name="lottery", module=_MODULE)
+gin.external_configurable(Prune, name="prune", module=_MODULE)
 gin.external_configurable(Scratch, name="scratch", module=_MODULE)
 gin.external_configurable(SparseScaledInit, module=_MODULE)
 gin.external_configurable(lenet5, module=_MODULE)
@@ -34,12 +40,13 @@ gin.external_configurable(mlp, module=_MODULE)
 gin.add_config_file_search_path(str(config_root()))
 
 
-def make_job(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Job, str]:
+def make_job(files: Sequence[str | Path], bindings: Sequence[str] = (), imports: Sequence[str] = ()) -> tuple[Job, str]:
     """Makes the job that gin files and bindings describe.
 
     Args:
         files: Config files; a later one overrides an earlier one.
         bindings: Single bindings such as "SPARSITY=0.9", which override the files.
+        imports: Names of modules, looked for in the working directory too, whose functions and classes bindings name.
 
     Returns:
         The job, and the text of its operative configuration, which makes the same job again.
@@ -50,12 +57,29 @@ def make_job(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple
     """
     gin.clear_config()
     try:
+        for name in imports:
+            _register_module(name)
         _parse(files, bindings)
         _check_macros(files)
         return _train(), gin.operative_config_str()
     except (ValueError, TypeError, OSError, ImportError, SyntaxError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(_one_line(error)) from error
+
+
+def _register_module(name: str) -> None:
+    """Imports a user's module and registers the public functions and classes that it defines and has not itself."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # As `python -m` has it, which a console script has not.
+    module = importlib.import_module(name)
+    for public, value in vars(module).items():
+        own = (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__ == module.__name__
+        if own and not public.startswith("_") and f"{name}.{public}" not in _registered(name):
+            gin.external_configurable(value, name=public, module=name)
+
+
+def _registered(module: str) -> set[str]:
+    return {str(name) for name in gin.config._REGISTRY if str(name).startswith(f"{module}.")}
 
 
 def _parse(files: Sequence[str | Path], bindings: Sequence[str]) -> None:

@@ -8,25 +8,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import inspect
 import math
 import os
 import platform
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from keras_sparse_init._version import __version__
-from keras_sparse_init.training import checkpoints, run_dir
+from keras_sparse_init.arguments import check_choice, is_integer
+from keras_sparse_init.training import run_dir
 from keras_sparse_init.training.data import Data, load_data
 from keras_sparse_init.training.experiments import Scratch
-from keras_sparse_init.training.optimizers import OPTIMIZERS, make_optimizer
-from keras_sparse_init.training.progress import COLUMNS, Progress
-
-# Small models spend most of a step on the way into TensorFlow: 25 steps an execution are 1.05 to 1.9 times as fast.
-_STEPS_PER_EXECUTION = 25
-_TEST_BATCH = 500
+from keras_sparse_init.training.networks import LIBRARIES, Library
+from keras_sparse_init.training.optimizers import OPTIMIZERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +47,8 @@ class Job:
     """A classifier that is ready to be trained: everything is checked, loaded and initialized, nothing written.
 
     Args:
-        model: A function of (input_shape, classes) that returns a tf_keras model from images to logits, such as
-            `networks.lenet5`; or such a model.
+        model: A function of (input_shape, classes) that returns a model of either Keras from images to logits, such as
+            `networks.lenet5`; or such a model. A function with a parameter `keras` is told which Keras to use.
         data: A `Data`, or what `load_data` takes: a name or the path of an .npz file.
         experiment: What is done to the model before training: see `experiments`. None is `Scratch(sparsity=0.95)`.
         steps: The number of training steps.
@@ -64,10 +61,13 @@ class Job:
         seed: Determines masks, kernels and the order of the images.
         log_every: Steps between two rows of metrics.csv.
         checkpoint_every: Steps between two checkpoints. Each is written with the next row of metrics.csv.
+        keras: "tf_keras": masks in the wrappers of tfmot, which prunes. "keras": Keras 3 on the backend that it is
+            configured for, masks in `Masked` layers, pruned by `MagnitudePruning`. None: that of the model; of a
+            function that takes either, tf_keras.
 
     Raises:
         ValueError: When an argument is out of its range, or model and data do not fit together.
-        TypeError: When the model is not one of tf_keras.
+        TypeError: When the model is none of Keras.
         FileNotFoundError: When there is no such data file.
 
     Example:
@@ -93,11 +93,12 @@ class Job:
         seed: int = 0,
         log_every: int = 100,
         checkpoint_every: int = 500,
+        keras: Library | None = None,
     ) -> None:
         counts = {"steps": steps, "batch": batch, "log_every": log_every, "checkpoint_every": checkpoint_every}
         for name, value in counts.items():
-            _check(_is_int(value) and value > 0, name, value, "a positive integer")
-        _check(_is_int(seed) and seed >= 0, "seed", seed, "an integer of at least 0")
+            _check(is_integer(value) and value > 0, name, value, "a positive integer")
+        _check(is_integer(seed) and seed >= 0, "seed", seed, "an integer of at least 0")
         _check(_is_real(learning_rate) and learning_rate > 0, "learning_rate", learning_rate, "a positive number")
         _check(_is_real(momentum) and 0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         known = isinstance(optimizer, str) and optimizer in OPTIMIZERS
@@ -105,6 +106,8 @@ class Job:
         _check(_is_real(weight_decay) and weight_decay >= 0, "weight_decay", weight_decay, "a number of at least 0")
         valid = clip_norm is None or (_is_real(clip_norm) and clip_norm > 0)
         _check(valid, "clip_norm", clip_norm, "a positive number or None")
+        if keras is not None:
+            check_choice("keras", keras, LIBRARIES)
         self.data = data if isinstance(data, Data) else load_data(data)
         self.experiment = Scratch(sparsity=0.95) if experiment is None else experiment
         self.settings = {
@@ -116,10 +119,13 @@ class Job:
             "clip_norm": None if clip_norm is None else float(clip_norm),
             "seed": int(seed),
         }
-        network = model if hasattr(model, "layers") else model(self.data.input_shape, self.data.classes)
+        from keras_sparse_init import compat
+
+        network = _network(model, self.data, keras)
         _check_fit(network, self.data)
+        self.settings |= {"keras": compat.library_of(network).__name__, "backend": compat.backend_of(network)}
         self.network, self._has_run = network.name, False
-        self.model = self.experiment.prepare(network, seed=self.settings["seed"])
+        self.model = self.experiment.prepare(network, seed=self.settings["seed"], steps=self.settings["steps"])
 
     def table(self) -> Any:
         """The `SparsityTable` of the model as it is now; of all kernels, full ones, when none is masked."""
@@ -138,21 +144,33 @@ class Job:
         return SparsityTable(rows)
 
     def __str__(self) -> str:
-        what, images = (
-            self.experiment.describe(),
-            f"{len(self.data.x_train)} train, {len(self.data.x_test)} test images",
-        )
-        sparse = f"{self.table().total.sparsity:.1%} sparse by {what['method']}"
+        images = f"{len(self.data.x_train)} train, {len(self.data.x_test)} test images"
+        what, sparsity = self.experiment.describe(), self.table().total.sparsity
+        final = self._final_sparsity()
+        pruned = f", pruned to {final:.1%}" if round(final, 2) > round(sparsity, 2) else ""
+        sparse = f"{sparsity:.1%} sparse by {what['method']}{pruned}"
         steps = f"init {what['init']}, {self.settings['steps']} steps of {self.settings['batch']}"
-        return f"{self.network} on {self.data.name} ({images}), {sparse}, {steps}"
+        return f"{self.network} in {self.settings['keras']} on {self.data.name} ({images}), {sparse}, {steps}"
+
+    def _final_sparsity(self) -> float:
+        """What the experiment asks for; that of the masks when these are of another run, or there are none."""
+        asked = getattr(self.experiment, "sparsity", None)
+        return self.table().total.sparsity if asked is None else asked
 
     def run(self, output_dir: str | os.PathLike[str] | None = None, config: str | None = None) -> TrainResult:
-        """Trains, and writes the results: metrics.csv, checkpoints, model.keras, masks.npz, summary.json, job.json.
+        """Trains, and writes the results into a directory of the run.
 
-        model.keras is a plain model that loads without this package; masks.npz has the mask of each kernel by its name;
-        job.json says what the numbers depend on. A run that was interrupted goes on from its last checkpoint, and ends
-        with the weights of one that was not (in a model without Dropout or noise layers, whose random state tf_keras
-        does not give away).
+        - metrics.csv has a row for step 0 and every `log_every` steps: step, loss and training accuracy since the row
+          before, test accuracy, norm of the gradient. The last is that of the loss on 256 training images over all
+          weights that are not masked, as at prediction; its square is the gradient flow of Evci et al. 2020,
+          arXiv:2010.03533. Of step 0, loss and training accuracy are those of these images. tensorboard/ has the same.
+        - summary.json has the results of the end, the settings, the layers, and the versions of what was used.
+        - model.keras is a plain model that loads without this package; masks.npz has the mask of each kernel by its
+          name; checkpoints/ has the weights of the beginning and of the last checkpoints; job.json says what the
+          numbers depend on.
+
+        A run that was interrupted goes on from its last checkpoint, and ends with the weights of one that was not (in
+        tf_keras only a model without Dropout or noise layers, whose random state it does not give away).
 
         Args:
             output_dir: Where to write: a new or empty directory, or that of an unfinished run of this very job. None
@@ -171,25 +189,30 @@ class Job:
         """
         if self._has_run:
             raise RuntimeError("A job runs once: its model is trained. Make another `Job`")
-        described, table = self.experiment.describe(), self.table()
+        described = self.experiment.describe()
         if output_dir is None:
             output_dir = run_dir.default_output_dir(
                 self.network,
                 described["experiment"],
                 described["init"],
-                round(table.total.sparsity, 3),
+                round(self._final_sparsity(), 3),
                 self.settings["seed"],
             )
         directory = run_dir.claim(output_dir, self._identity(config))
         if config is not None:
             (directory / "operative_config.gin").write_text(config, encoding="utf-8")
         self._has_run = True
-        early, metrics, seconds = self._fit(directory)
+
+        from keras_sparse_init.training.fit import Fit
+
+        fit = Fit(self.model, self.data, self.settings, self.experiment.callbacks(self.model, self.settings["steps"]))
+        rows, seconds = fit.run(directory)
 
         from keras_sparse_init.sparse_model import apply_masks, masked_kernels, strip
 
         apply_masks(self.model)  # The last step has moved weights that the next forward pass would have masked.
-        test_loss, test_accuracy = self._evaluate()
+        test_loss, test_accuracy = fit.evaluate()
+        table, norms = self.table(), [row["gradient_norm"] for row in rows]
         masks = {kernel.name: np.asarray(kernel.mask) != 0 for kernel in masked_kernels(self.model)}
         np.savez_compressed(directory / run_dir.MASKS, **masks)
         plain = strip(self.model)
@@ -200,11 +223,12 @@ class Job:
             "sparsity": table.total.sparsity,
             "data": self.data.name,
             "test_images": len(self.data.x_test),
-            "early": {"step": early["step"], "test_accuracy": early["test_accuracy"]},
+            "early": {name: rows[1][name] for name in ("step", "test_accuracy")},
             "test_accuracy": test_accuracy,
             "test_loss": test_loss,
-            "loss": metrics["loss"],
-            "train_accuracy": metrics["train_accuracy"],
+            "loss": rows[-1]["loss"],
+            "train_accuracy": rows[-1]["train_accuracy"],
+            "gradient_norm": {"initial": norms[0], "mean": float(np.mean(norms[1:]))},
             **self.settings,
             "seconds": round(seconds, 2),
             "table": table.to_dict(),
@@ -229,87 +253,6 @@ class Job:
             "config": config,
         }
 
-    def _fit(self, directory: Path) -> tuple[dict[str, float], dict[str, float], float]:
-        """Trains, from the last checkpoint if there is one; returns the first and the last row and the seconds."""
-        import tf_keras as keras
-
-        from keras_sparse_init import compat
-
-        steps, log_every = self.settings["steps"], self.settings["log_every"]
-        names = ("learning_rate", "steps", "momentum", "weight_decay", "clip_norm")
-        self.model.compile(
-            optimizer=make_optimizer(
-                self.settings["optimizer"],
-                variables=self.model.trainable_variables,
-                **{name: self.settings[name] for name in names},
-            ),
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            metrics=["accuracy"],
-            steps_per_execution=min(_STEPS_PER_EXECUTION, log_every),
-        )
-        checkpoint = checkpoints.last(directory)
-        reached = {"step": 0} if checkpoint is None else checkpoints.restore(checkpoint, self.model)
-        saved, seconds_before = int(reached.pop("step")), float(reached.pop("seconds", 0.0))
-        started = time.perf_counter()
-        progress = Progress(
-            directory / "metrics.csv",
-            steps,
-            log_every,
-            lambda: self._evaluate()[1],
-            self.model.reset_metrics,
-            step=saved,
-            **reached,
-        )
-
-        def seconds() -> float:
-            return seconds_before + time.perf_counter() - started
-
-        def save() -> None:
-            nonlocal saved
-            saved = progress.step
-            rows = np.array(progress.rows).reshape(-1, len(COLUMNS))
-            checkpoints.save(directory, self.model, saved, seconds=seconds(), rows=rows, pending=progress.pending)
-
-        def follow(batch: int, logs: dict[str, Any]) -> None:
-            wrote, every = progress.on_batch_end(batch, logs), self.settings["checkpoint_every"]
-            if wrote and (progress.step // every > saved // every or progress.step == steps):
-                save()
-
-        with progress:
-            if checkpoint is None:
-                save()
-            try:
-                if saved < steps:
-                    callback = keras.callbacks.LambdaCallback(on_train_batch_end=follow)
-                    self.model.fit(self._batches(saved), callbacks=[callback], verbose=0)
-            except KeyboardInterrupt:
-                # Steps that were made after the last callback would be made again.
-                if progress.step > saved and progress.step == compat.iterations(self.model):
-                    save()
-                raise
-        return progress.row(0), progress.row(-1), seconds()
-
-    def _batches(self, start: int = 0) -> Any:
-        """The batches of the steps from `start` on: the images in a new order each epoch, no break between epochs."""
-        import tensorflow as tf
-
-        images, steps, batch = len(self.data.x_train), self.settings["steps"], self.settings["batch"]
-        # NumPy's generator, not tf.data's shuffle: the order depends on the seed alone, and step n can be found again.
-        rng = np.random.default_rng([self.settings["seed"], 1])
-        epochs = math.ceil(steps * batch / images)
-        order = np.concatenate([rng.permutation(images).astype(np.int32) for _ in range(epochs)])
-        order = order[: steps * batch].reshape(steps, batch)[start:]
-        x, y = tf.constant(self.data.x_train), tf.constant(self.data.y_train)
-        dataset = tf.data.Dataset.from_tensor_slices(order)
-        return dataset.map(lambda rows: (tf.gather(x, rows), tf.gather(y, rows))).prefetch(tf.data.AUTOTUNE)
-
-    def _evaluate(self) -> tuple[float, float]:
-        """The test loss and accuracy."""
-        result = self.model.evaluate(
-            self.data.x_test, self.data.y_test, batch_size=_TEST_BATCH, verbose=0, return_dict=True
-        )
-        return float(result["loss"]), float(result["accuracy"])
-
 
 def train(
     model: Any,
@@ -322,12 +265,13 @@ def train(
     """Trains a classifier as `keras-sparse-init train` does.
 
     Args:
-        model: A tf_keras model, or a function of (input_shape, classes) that returns one, such as `networks.lenet5`.
-        data: A `Data`, `"digits"` or the path of an .npz file.
+        model: A model of either Keras from images to logits, or a function of (input_shape, classes) that returns one,
+            such as `networks.lenet5`.
+        data: A `Data`, the name of a data set such as `"digits"`, or the path of an .npz file.
         experiment: What is done to the model before training. None is `Scratch(sparsity=0.95)`.
         output_dir: Where to write the results: a new or empty directory, or that of an unfinished run of the same job,
             which then goes on from its last checkpoint. None makes a directory under runs/.
-        **settings: steps, batch, learning_rate, optimizer, seed and more: see `Job`.
+        **settings: steps, batch, learning_rate, optimizer, seed, keras and more: see `Job`.
 
     Returns:
         A `TrainResult`.
@@ -342,7 +286,7 @@ def train(
         >>> from keras_sparse_init.training import Scratch, lenet5, train
         >>> result = train(lenet5, "digits", Scratch(sparsity=0.9), steps=2, output_dir=tempfile.mkdtemp())
         >>> sorted(path.name for path in result.directory.iterdir())
-        ['checkpoints', 'job.json', 'masks.npz', 'metrics.csv', 'model.keras', 'summary.json']
+        ['checkpoints', 'job.json', 'masks.npz', 'metrics.csv', 'model.keras', 'summary.json', 'tensorboard']
     """
     if output_dir is not None:
         run_dir.check_output_dir(output_dir)
@@ -358,17 +302,26 @@ def _digest(arrays: list[np.ndarray]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
 def _is_real(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, float | np.floating) and math.isfinite(value))
+    return is_integer(value) or (isinstance(value, float | np.floating) and math.isfinite(value))
 
 
 def _check(valid: bool, name: str, value: Any, meaning: str) -> None:
     if not valid:
         raise ValueError(f"`{name}` must be {meaning}. Received: {name}={value!r}")
+
+
+def _network(model: Any, data: Data, keras: str | None) -> Any:
+    """The model itself, or what a function of (input_shape, classes) makes of the data's."""
+    from keras_sparse_init import compat
+
+    if not hasattr(model, "layers"):
+        told = {"keras": keras or LIBRARIES[0]} if "keras" in inspect.signature(model).parameters else {}
+        model = model(data.input_shape, data.classes, **told)
+    library = compat.library_of(model).__name__
+    if keras is not None and library != keras:
+        raise ValueError(f"`keras` must be that of the model, {library!r}. Received: keras={keras!r}")
+    return model
 
 
 def _check_fit(model: Any, data: Data) -> None:

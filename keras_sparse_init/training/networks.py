@@ -1,11 +1,16 @@
-"""The networks of the training job: LeNet-5 and a multilayer perceptron, as plain tf_keras models with named layers."""
+"""The networks of the training job: LeNet-5 and a multilayer perceptron, as plain Keras models with named layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+
+from keras_sparse_init.arguments import check_choice
+
+Library = Literal["tf_keras", "keras"]
+LIBRARIES = ("tf_keras", "keras")
 
 _LENET5_SMALLEST = 16  # Two valid 5x5 convolutions, each followed by a 2x2 pooling, leave 1x1 of it.
 
@@ -15,24 +20,30 @@ def lenet5(
     classes: int,
     hidden_sizes: Sequence[int] = (6, 16, 120, 84),
     activation: str = "relu",
+    batch_norm: bool = False,
     seed: int | None = None,
+    keras: Library = "tf_keras",
 ) -> Any:
     """LeNet-5: two convolutions with 2x2 max pooling, two hidden dense layers, logits.
 
     The layers with kernels are called conv1, conv2, dense1, dense2 and logits. Convolutions are 5x5 without padding.
+    Kernels are drawn by `SparseHeNormal`: the same in both Kerases.
 
     Args:
         input_shape: (height, width, channels) of one image, at least 16x16.
         classes: The number of logits.
         hidden_sizes: Filters of the two convolutions and units of the two dense layers.
         activation: The activation of the hidden layers.
-        seed: Seed of the (He normal) kernels; None draws them anew each time.
+        batch_norm: Whether each hidden layer is followed by batch normalization, before its activation; it has no
+            bias then.
+        seed: Seed of the kernels; None draws them anew each time.
+        keras: The Keras of the model: "tf_keras" or "keras".
 
     Returns:
-        A built tf_keras model from images to logits.
+        A built model from images to logits.
 
     Raises:
-        ValueError: When the images are too small, or a size is not a positive integer.
+        ValueError: When the images are too small, or an argument is not what it must be.
 
     Example:
         >>> from keras_sparse_init.training.networks import lenet5
@@ -47,23 +58,21 @@ def lenet5(
         )
     conv1, conv2, dense1, dense2 = _sizes("hidden_sizes", hidden_sizes, 4)
     (classes,) = _sizes("classes", [classes], 1)
-    import tf_keras as keras
-
-    layers, seeds = keras.layers, _seeds(seed, 5)
-    he = keras.initializers.HeNormal
-    return keras.Sequential(
+    make = _Maker(keras, activation, batch_norm, seed, 5)
+    layers = make.layers
+    return make.model(
+        "lenet5",
         [
             layers.Input(shape),
-            layers.Conv2D(conv1, 5, activation=activation, kernel_initializer=he(seeds[0]), name="conv1"),
+            *make.hidden("conv1", layers.Conv2D, conv1, 5),
             layers.MaxPooling2D(name="pool1"),
-            layers.Conv2D(conv2, 5, activation=activation, kernel_initializer=he(seeds[1]), name="conv2"),
+            *make.hidden("conv2", layers.Conv2D, conv2, 5),
             layers.MaxPooling2D(name="pool2"),
             layers.Flatten(name="flatten"),
-            layers.Dense(dense1, activation=activation, kernel_initializer=he(seeds[2]), name="dense1"),
-            layers.Dense(dense2, activation=activation, kernel_initializer=he(seeds[3]), name="dense2"),
-            layers.Dense(classes, kernel_initializer=he(seeds[4]), name="logits"),
+            *make.hidden("dense1", layers.Dense, dense1),
+            *make.hidden("dense2", layers.Dense, dense2),
+            make.logits(classes),
         ],
-        name="lenet5",
     )
 
 
@@ -72,24 +81,30 @@ def mlp(
     classes: int,
     hidden_sizes: Sequence[int] = (300, 100),
     activation: str = "relu",
+    batch_norm: bool = False,
     seed: int | None = None,
+    keras: Library = "tf_keras",
 ) -> Any:
     """A multilayer perceptron on flattened images: hidden dense layers, logits.
 
-    The layers with kernels are called dense1, dense2, ... and logits.
+    The layers with kernels are called dense1, dense2, ... and logits. Kernels are drawn by `SparseHeNormal`: the same
+    in both Kerases.
 
     Args:
         input_shape: The shape of one input, of any rank.
         classes: The number of logits.
         hidden_sizes: Units of the hidden layers, as many as there are sizes.
         activation: The activation of the hidden layers.
-        seed: Seed of the (He normal) kernels; None draws them anew each time.
+        batch_norm: Whether each hidden layer is followed by batch normalization, before its activation; it has no
+            bias then.
+        seed: Seed of the kernels; None draws them anew each time.
+        keras: The Keras of the model: "tf_keras" or "keras".
 
     Returns:
-        A built tf_keras model from inputs to logits.
+        A built model from inputs to logits.
 
     Raises:
-        ValueError: When a size is not a positive integer.
+        ValueError: When a size is not a positive integer, or another argument is not what it must be.
 
     Example:
         >>> from keras_sparse_init.training.networks import mlp
@@ -99,22 +114,55 @@ def mlp(
     shape = _sizes("input_shape", input_shape)
     hidden_sizes = _sizes("hidden_sizes", hidden_sizes)
     (classes,) = _sizes("classes", [classes], 1)
-    import tf_keras as keras
-
-    layers, seeds = keras.layers, _seeds(seed, len(hidden_sizes) + 1)
-    he = keras.initializers.HeNormal
-    return keras.Sequential(
+    make = _Maker(keras, activation, batch_norm, seed, len(hidden_sizes) + 1)
+    hidden = [make.hidden(f"dense{i}", make.layers.Dense, size) for i, size in enumerate(hidden_sizes, start=1)]
+    return make.model(
+        "mlp",
         [
-            layers.Input(shape),
-            layers.Flatten(name="flatten"),
-            *(
-                layers.Dense(size, activation=activation, kernel_initializer=he(seeds[i]), name=f"dense{i + 1}")
-                for i, size in enumerate(hidden_sizes)
-            ),
-            layers.Dense(classes, kernel_initializer=he(seeds[-1]), name="logits"),
+            make.layers.Input(shape),
+            make.layers.Flatten(name="flatten"),
+            *(layer for part in hidden for layer in part),
+            make.logits(classes),
         ],
-        name="mlp",
     )
+
+
+class _Maker:
+    """Makes the layers of a network, with a seed of its own for each kernel: equal shapes must not start equal."""
+
+    def __init__(self, keras: Any, activation: str, batch_norm: bool, seed: int | None, kernels: int) -> None:
+        check_choice("keras", keras, LIBRARIES)
+        if not isinstance(batch_norm, bool):
+            raise ValueError(f"`batch_norm` must be a bool. Received: batch_norm={batch_norm!r}")
+        from keras_sparse_init import compat
+
+        self._library, self._activation, self._batch_norm = compat.library(keras), activation, batch_norm
+        self.layers = self._library.layers
+        sequence = np.random.SeedSequence(seed)
+        self._seeds = iter([None] * kernels if seed is None else sequence.generate_state(kernels, np.uint32).tolist())
+
+    def hidden(self, name: str, kind: Any, *sizes: int) -> list[Any]:
+        """A layer with a kernel, its activation, and batch normalization between them."""
+        if not self._batch_norm:
+            return [kind(*sizes, activation=self._activation, kernel_initializer=self._initializer(), name=name)]
+        return [
+            kind(*sizes, use_bias=False, kernel_initializer=self._initializer(), name=name),
+            self.layers.BatchNormalization(name=f"{name}_norm"),
+            self.layers.Activation(self._activation, name=f"{name}_activation"),
+        ]
+
+    def logits(self, classes: int) -> Any:
+        """The last layer."""
+        return self.layers.Dense(classes, kernel_initializer=self._initializer(), name="logits")
+
+    def model(self, name: str, layers: list[Any]) -> Any:
+        """The model of the layers."""
+        return self._library.Sequential(layers, name=name)
+
+    def _initializer(self) -> Any:
+        from keras_sparse_init.initializers import SparseHeNormal
+
+        return SparseHeNormal(seed=next(self._seeds))
 
 
 def _sizes(name: str, values: Any, length: int | None = None) -> tuple[int, ...]:
@@ -124,8 +172,3 @@ def _sizes(name: str, values: Any, length: int | None = None) -> tuple[int, ...]
         meaning = {None: "positive integers", 1: "a positive integer"}.get(length, f"{length} positive integers")
         raise ValueError(f"`{name}` must be {meaning}. Received: {name}={values[0] if length == 1 else values}")
     return tuple(int(v) for v in values)
-
-
-def _seeds(seed: int | None, count: int) -> list[int | None]:
-    """A seed for each kernel: layers of equal shape that shared one would start with equal kernels."""
-    return [None] * count if seed is None else np.random.SeedSequence(seed).generate_state(count, np.uint32).tolist()

@@ -16,7 +16,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
 ) -> Any:
-    """A built tf_keras optimizer whose learning rate falls to 0 along a half cosine.
+    """A built optimizer, of the Keras of the variables, whose learning rate falls to 0 along a half cosine.
 
     Args:
         name: One of `OPTIMIZERS`; "momentum" is stochastic gradient descent with momentum, "sgd" that without.
@@ -31,8 +31,9 @@ def make_optimizer(
     Returns:
         The optimizer.
     """
-    import tf_keras as keras
+    from keras_sparse_init import compat
 
+    keras = compat.library_of_variable(variables[0])
     schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
     # 0 would still decay nothing, at the price of a pass over all kernels.
     common = {"weight_decay": weight_decay or None, "global_clipnorm": clip_norm}
