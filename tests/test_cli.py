@@ -74,6 +74,7 @@ def test_train_leaves_every_file_and_its_summary_says_what_was_bound(trained):
         "masks.npz",
         "job.json",
         "checkpoints",
+        "tensorboard",
     }
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["steps"], summary["init"], summary["network"], summary["seed"]) == (4, "layer", "lenet5", 0)
@@ -185,6 +186,11 @@ def test_report_of_a_trained_run_has_its_numbers(trained, capsys):
         (_bindings("METHOD='fair'"), "`method` must be one of .*'fair'"),
         (_bindings("INIT='units'"), "`granularity` must be one of .*'units'"),
         (_bindings("STEPS=0"), "`steps` must be a positive integer"),
+        (_bindings("train.keras='keras2'"), "`keras` must be one of 'tf_keras', 'keras'.*'keras2'"),
+        (_bindings("lenet5.batch_norm='yes'"), "`batch_norm` must be a bool"),
+        (["--gin_file", "mlp/lottery.gin"], "`pruned_run` must be the directory of a finished run"),
+        (["--gin_file", "mlp/lottery.gin", *_bindings("PRUNED_RUN='no'")], "'no' is not the directory of a finished"),
+        (["--gin_file", "mlp/prune.gin", *_bindings("prune.end_step=4000")], "within the 2000 steps.*end_step=4000"),
         (
             _bindings("DATA='imagenet'"),
             "`data` must be one of 'digits', 'mnist', 'fashion_mnist', 'cifar10' or the path of an .npz file",
@@ -258,33 +264,90 @@ def test_bindings_change_no_plain_call():
     assert lenet5((28, 28, 1), 10).get_layer("conv1").filters == 6
 
 
+@pytest.fixture(scope="module")
+def tickets(tmp_path_factory):
+    """The bindings that a config cannot do without, by its name."""
+    bindings = {}
+    for network in ("lenet5", "mlp"):
+        out = tmp_path_factory.mktemp(network) / "pruned"
+        arguments = ["--gin_file", f"{network}/prune.gin", *_bindings("STEPS=8")]
+        assert cli.main(["train", *arguments, "--output_dir", str(out)]) == 0
+        bindings[f"{network}/lottery.gin"] = [f"PRUNED_RUN='{out}'"]
+    return bindings
+
+
 @pytest.mark.parametrize("name", _CONFIGS)
-def test_a_config_does_what_its_header_says(name):
-    header = (config_root() / name).read_text().split("\n\n")[0].splitlines()
+def test_a_config_does_what_its_header_says(name, tickets):
+    text = (config_root() / name).read_text()
+    header = text.split("\n\n")[0].splitlines()
     assert all(line.startswith("#") for line in header)
     claims = dict(re.findall(r"^# (Network|Sparsity|Steps): (\S+)", "\n".join(header), flags=re.MULTILINE))
-    job, config = make_job([config_root() / name])
-    assert job.network == claims["Network"] == name.split("/")[0]
-    assert job.experiment.name == name.split("/")[1].removesuffix(".gin")
-    assert job.table().total.sparsity == pytest.approx(float(claims["Sparsity"].strip(",")), abs=0.001)
-    assert job.settings["steps"] == int(claims["Steps"]) and f"of {job.settings['batch']} images" in "\n".join(header)
+    needed = tickets.get(name, [])
+    job, config = make_job([config_root() / name], needed)
+    network, experiment = name.removesuffix(".gin").split("/")
+    assert job.network == claims["Network"] == network and job.settings["keras"] == "tf_keras"
+    assert job.experiment.name == experiment
+    sparsity = job.experiment.sparsity if experiment == "prune" else job.table().total.sparsity
+    assert sparsity == pytest.approx(float(claims["Sparsity"].strip(",")), abs=0.001)
+    steps = job.settings["steps"]
+    assert steps == int(claims["Steps"]) and f"of {job.settings['batch']} images" in "\n".join(header)
+    if experiment == "prune":
+        schedule = job.experiment.schedule(steps)
+        said = f"from step {schedule.begin_step} to {schedule.end_step}, every {schedule.frequency}"
+        assert said in "\n".join(header)
     macros = re.findall(r"^([A-Z_]+) =", config, flags=re.MULTILINE)
-    sparse = ["INIT", "METHOD", "SPARSITY"] if job.table().total.sparsity else []
-    assert macros == sorted(["BATCH", "DATA", "LEARNING_RATE", "SEED", "STEPS", *sparse])
+    own = {"scratch": ["INIT", "METHOD", "SPARSITY"], "prune": ["SPARSITY"], "lottery": ["PRUNED_RUN"]}
+    assert macros == sorted(["BATCH", "DATA", "LEARNING_RATE", "SEED", "STEPS", *own.get(experiment, [])])
+    assert macros == sorted(re.findall(r"^([A-Z_]+) =", text, flags=re.MULTILINE))
     example = next(line for line in header if "keras-sparse-init train" in line).removeprefix("#")
     arguments = cli._parser().parse_args(shlex.split(example)[1:])
     assert arguments.gin_file == [name]
-    make_job([find_config(name)], arguments.gin_bindings)
+    make_job([find_config(name)], [*arguments.gin_bindings, *needed])
 
 
+@pytest.mark.parametrize("keras", ["tf_keras", "keras"])
 @pytest.mark.parametrize("name", _CONFIGS)
-def test_every_config_runs(name, tmp_path, capsys):
-    assert cli.main(["train", "--gin_file", name, *_bindings("STEPS=2"), "--output_dir", str(tmp_path / "out")]) == 0
+def test_every_config_runs_in_either_keras(name, keras, tickets, tmp_path, capsys):
+    bindings = [f"train.keras='{keras}'", "STEPS=4", *tickets.get(name, [])]
+    assert cli.main(["train", "--gin_file", name, *_bindings(*bindings), "--output_dir", str(tmp_path / "out")]) == 0
     assert "dense1/kernel" in capsys.readouterr().out
     assert cli.main(["report", str(tmp_path / "out")]) == 0
     network, experiment = name.removesuffix(".gin").split("/")
     printed = capsys.readouterr().out
     assert network in printed and experiment in printed and "dense1/kernel" in printed
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["keras"], summary["backend"]) == (keras, "tensorflow")
+
+
+def test_a_network_of_the_users_own_is_named_by_bindings(tmp_path, monkeypatch, capsys):
+    """In a module of the working directory, in either Keras, with its parameters bound."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_networks.py").write_text(
+        "import keras\n"
+        "from keras import layers\n"
+        "def tiny(input_shape, classes, units=5):\n"
+        "    flat = [layers.Input(input_shape), layers.Flatten()]\n"
+        "    return keras.Sequential([*flat, layers.Dense(units, 'relu', name='a'), layers.Dense(classes)])\n"
+    )
+    arguments = ["train", "--import", "my_networks", "--gin_file", "mlp/scratch.gin"]
+    bindings = _bindings("train.model=@tiny", "tiny.units=7", "SPARSITY=0.5", "STEPS=2")
+    for out in ("out", "again"):  # A module is imported and registered once in a process.
+        assert cli.main([*arguments, *bindings, "--output_dir", out]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["network"], summary["keras"]) == ("tiny", "keras")
+    assert summary["table"]["rows"][0]["shape"] == [784, 7]
+    import my_networks
+
+    assert my_networks.tiny((2,), 3).layers[1].units == 5  # A plain call knows of no binding.
+    capsys.readouterr()
+    for extra, message in (
+        (["--import", "no_such_networks"], "No module named 'no_such_networks'"),
+        (_bindings("train.keras='tf_keras'"), "`keras` must be that of the model, 'keras'.*'tf_keras'"),
+        (_bindings("tiny.unitz=3"), "'tiny' doesn't have a parameter named 'unitz'"),
+    ):
+        assert cli.main([*arguments, *bindings, *extra]) == 2
+        printed = capsys.readouterr().err
+        assert re.search(message, printed) and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("network", ["lenet5", "mlp"])

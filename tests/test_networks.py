@@ -34,6 +34,30 @@ def test_hidden_layers_use_the_activation_and_logits_are_linear():
         assert set(activations[:-1]) == {"tanh"} and activations[-1] == "linear"
 
 
+@pytest.mark.parametrize("make", [lenet5, mlp])
+def test_batch_normalization_stands_between_a_hidden_layer_without_bias_and_its_activation(make):
+    model = make((16, 16, 1), 3, activation="tanh", batch_norm=True)
+    names = [layer.name for layer in model.layers if not layer.name.startswith(("pool", "flatten"))]
+    hidden = [name for name in names if "_" not in name and name != "logits"]
+    assert names == [part for n in hidden for part in (n, f"{n}_norm", f"{n}_activation")] + ["logits"]
+    for name in hidden:
+        layer = model.get_layer(name)
+        assert not layer.use_bias and layer.activation.__name__ == "linear"
+        assert model.get_layer(f"{name}_activation").activation.__name__ == "tanh"
+    assert model.get_layer("logits").use_bias
+
+
+@pytest.mark.parametrize("make", [lenet5, mlp])
+def test_a_network_is_the_same_in_both_kerases(make):
+    x = np.random.default_rng(0).normal(size=(4, 16, 16, 1)).astype(np.float32)
+    models = [make((16, 16, 1), 3, seed=7, keras=name) for name in ("tf_keras", "keras")]
+    assert [type(model).__module__.split(".")[0] for model in models] == ["tf_keras", "keras"]
+    for one, other in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_array_equal(one, other)
+    first, second = (np.asarray(model(x)) for model in models)
+    np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
+
+
 def test_the_seed_determines_the_kernels_and_no_two_of_equal_shape_are_equal():
     first, again, other = (mlp((3, 1, 1), 3, hidden_sizes=(3, 3), seed=seed).get_weights()[::2] for seed in (1, 1, 2))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
@@ -50,6 +74,8 @@ def test_the_seed_determines_the_kernels_and_no_two_of_equal_shape_are_equal():
         (lambda: lenet5((28, 28, 1), 0), "`classes` must be a positive integer.*classes=0"),
         (lambda: mlp((28, 28, 1), 10, hidden_sizes=(300, 0)), "`hidden_sizes` must be positive integers"),
         (lambda: mlp((28, 28, 1), 10, hidden_sizes=(30.5,)), "`hidden_sizes` must be positive integers"),
+        (lambda: mlp((28, 28, 1), 10, batch_norm=1), "`batch_norm` must be a bool.*batch_norm=1"),
+        (lambda: mlp((28, 28, 1), 10, keras="torch"), "`keras` must be one of 'tf_keras', 'keras'"),
         (lambda: mlp((28, 28, 1), 10, hidden_sizes=()), "`hidden_sizes` must be positive integers"),
     ],
 )

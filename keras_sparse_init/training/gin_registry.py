@@ -6,6 +6,7 @@ plain call from Python.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import logging
@@ -68,18 +69,15 @@ def make_job(files: Sequence[str | Path], bindings: Sequence[str] = (), imports:
 
 
 def _register_module(name: str) -> None:
-    """Imports a user's module and registers the public functions and classes that it defines and has not itself."""
+    """Imports a user's module and registers the public functions and classes that it defines."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # As `python -m` has it, which a console script has not.
     module = importlib.import_module(name)
     for public, value in vars(module).items():
         own = (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__ == module.__name__
-        if own and not public.startswith("_") and f"{name}.{public}" not in _registered(name):
-            gin.external_configurable(value, name=public, module=name)
-
-
-def _registered(module: str) -> set[str]:
-    return {str(name) for name in gin.config._REGISTRY if str(name).startswith(f"{module}.")}
+        if own and not public.startswith("_"):
+            with contextlib.suppress(ValueError):  # It is registered: by the module itself, or by a call before.
+                gin.external_configurable(value, name=public, module=name)
 
 
 def _parse(files: Sequence[str | Path], bindings: Sequence[str]) -> None:

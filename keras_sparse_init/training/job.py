@@ -12,6 +12,7 @@ import inspect
 import math
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ class Job:
         network = _network(model, self.data, keras)
         _check_fit(network, self.data)
         self.settings |= {"keras": compat.library_of(network).__name__, "backend": compat.backend_of(network)}
-        self.network, self._has_run = network.name, False
+        self.network, self._has_run = _name(network, model), False
         self.model = self.experiment.prepare(network, seed=self.settings["seed"], steps=self.settings["steps"])
 
     def table(self) -> Any:
@@ -322,6 +323,14 @@ def _network(model: Any, data: Data, keras: str | None) -> Any:
     if keras is not None and library != keras:
         raise ValueError(f"`keras` must be that of the model, {library!r}. Received: keras={keras!r}")
     return model
+
+
+def _name(network: Any, maker: Any) -> str:
+    """The network's name; where Keras has given it by itself, that of the function, or it without Keras's number."""
+    automatic = re.fullmatch(r"(sequential|functional|model)(_\d+)?", network.name)
+    if automatic is None:
+        return network.name
+    return automatic[1] if maker is network else getattr(maker, "__name__", automatic[1])
 
 
 def _check_fit(model: Any, data: Data) -> None:
