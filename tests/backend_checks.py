@@ -16,10 +16,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 import tf_keras
+from small_jobs import small_data, small_settings
 
 import keras_sparse_init
-from keras_sparse_init import SparseHeNormal, SparseScaledInit, masks
+from keras_sparse_init import Masked, SparseHeNormal, SparseScaledInit, masks
 from keras_sparse_init.fans import kernel_layout
+from keras_sparse_init.gradients import gradient_function
+from keras_sparse_init.training import Prune, train
 
 MASK = np.random.default_rng(0).random((30, 20)) < 0.3
 
@@ -156,6 +159,58 @@ def check_stateless_functions_of_jax():
         assert "`mask` must be an array that has a value" in str(error)
     else:
         raise AssertionError("a mask without a value passed")
+
+
+def check_gradients_are_those_of_the_closed_form():
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(8, 30)).astype("float32"), random.normal(size=(8, 20)).astype("float32")
+    layer = Masked(keras.layers.Dense(20, kernel_initializer=SparseHeNormal(seed=1)), mask=MASK)
+    model = keras.Sequential([keras.layers.Input((30,)), layer])
+    gradients = gradient_function(model, keras.losses.MeanSquaredError())(x, y)
+    kernel = keras.ops.convert_to_numpy(layer.layer.kernel)
+    error = 2 * (x @ (kernel * MASK) - y) / y.size
+    for found, expected in zip(gradients, (x.T @ error * MASK, error.sum(axis=0)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def check_a_job_prunes_and_a_stopped_one_goes_on_to_the_same_weights():
+    """With dropout, whose random state is a variable of the model, and with batch normalization."""
+    data = small_data()
+
+    def network(input_shape, classes):
+        layers = keras.layers
+        hidden = layers.Dense(20, "relu", kernel_initializer=SparseHeNormal(seed=1))
+        last = layers.Dense(classes, kernel_initializer=SparseHeNormal(seed=3))
+        block = [hidden, layers.BatchNormalization(), layers.Dropout(0.2, seed=2), last]
+        return keras.Sequential([layers.Input(input_shape), layers.Flatten(), *block])
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch + 1 == 25:
+                raise KeyboardInterrupt
+
+    class Stopped(Prune):
+        def callbacks(self, model, steps):
+            return [*super().callbacks(model, steps), Stop()]
+
+    with tempfile.TemporaryDirectory() as directory:
+        settings = small_settings(steps=40, log_every=10, checkpoint_every=10)
+        pruning = {"sparsity": 0.8, "begin_step": 5, "end_step": 35, "frequency": 3}
+        whole = train(network, data, Prune(**pruning), output_dir=f"{directory}/whole", **settings)
+        try:
+            train(network, data, Stopped(**pruning), output_dir=f"{directory}/stopped", **settings)
+        except KeyboardInterrupt:
+            pass
+        resumed = train(network, data, Prune(**pruning), output_dir=f"{directory}/stopped", **settings)
+        assert whole.summary["backend"] == keras.backend.backend()
+        assert abs(whole.summary["sparsity"] - 0.8) < 0.01
+        for weight, expected in zip(resumed.model.get_weights(), whole.model.get_weights(), strict=True):
+            np.testing.assert_array_equal(weight, expected)
+        rows = [(run.directory / "metrics.csv").read_text() for run in (resumed, whole)]
+        assert rows[0] == rows[1]
+        loaded = keras.models.load_model(whole.directory / "model.keras")
+        for weight, expected in zip(loaded.get_weights(), whole.model.get_weights(), strict=True):
+            np.testing.assert_array_equal(weight, expected)
 
 
 CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}
