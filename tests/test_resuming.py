@@ -3,7 +3,9 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from small_jobs import rows_of, small_network, small_settings
+from tensorflow.core.util import event_pb2
 
 from keras_sparse_init import SparseHeNormal
 from keras_sparse_init.training import Dense, Job, Prune, Scratch, checkpoints, make_data, mlp, train
@@ -207,3 +209,19 @@ def test_a_directory_that_a_killed_run_had_only_begun_is_taken(data, tmp_path):
     (tmp_path / "job.tmp").write_text("{")
     train(small_network, data, Scratch(0.7), output_dir=tmp_path, **small_settings(steps=1))
     assert not (tmp_path / "job.tmp").exists()
+
+
+def test_tensorboard_shows_the_rows_of_metrics_once_after_a_stop_too(data, tmp_path, monkeypatch):
+    _stopped(data, tmp_path, monkeypatch, 50)
+    run = _go_on(data, tmp_path)
+    files = [str(path) for path in (run.directory / "tensorboard").iterdir()]
+    found = {}
+    for record in tf.data.TFRecordDataset(files):
+        event = event_pb2.Event.FromString(record.numpy())
+        for value in event.summary.value:
+            assert value.metadata.plugin_data.plugin_name == "scalars"
+            assert (event.step, value.tag) not in found
+            found[event.step, value.tag] = float(tf.make_ndarray(value.tensor))
+    rows = rows_of(run.directory / "metrics.csv")
+    expected = {(int(row["step"]), name): float(row[name]) for row in rows for name in row if name != "step"}
+    assert found == pytest.approx(expected) and len(rows) == 10
