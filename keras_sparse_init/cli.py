@@ -73,9 +73,18 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
 
     report = commands.add_parser(
-        "report", help="compare finished runs", description="Prints tables of finished runs side by side."
+        "report",
+        help="compare finished runs",
+        description="Prints tables of finished runs side by side: those that differ only in the seed are one row, with "
+        "the mean and its standard error.",
     )
     report.add_argument("directories", nargs="+", metavar="DIR", help="a run's directory, or one that holds runs")
+    report.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help="where to write report.csv, curves.csv, curves.png and accuracy.png, none of which may be there "
+        "(default: nothing is written)",
+    )
     report.set_defaults(command=_report)
     return parser
 
@@ -111,8 +120,8 @@ def _report(arguments: argparse.Namespace) -> int:
     from keras_sparse_init.training.report import report
 
     try:
-        print(report(arguments.directories))
-    except (ValueError, OSError) as error:
+        print(report(arguments.directories, arguments.output_dir))
+    except (ValueError, OSError, ImportError) as error:
         return _fail(error, code=2)
     return 0
 

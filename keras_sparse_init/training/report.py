@@ -1,46 +1,77 @@
-"""Finished runs side by side."""
+"""Finished runs side by side: a table of text, the same as CSV, and plots."""
 
 from __future__ import annotations
 
+import csv
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from keras_sparse_init.training.run_dir import SUMMARY, read_summary
+from keras_sparse_init.training import plots
+from keras_sparse_init.training.runs import Group, Run, differing, group_runs, mean_and_error, read_runs
+
+FILES = ("report.csv", "curves.csv", "curves.png", "accuracy.png")
+
+# Always in the table; other settings where runs differ in them.
+_SHOWN = ("network", "experiment", "init", "sparsity")
+# The numbers of the table: names in the CSV, and where they are in a summary.
+_NUMBERS = {
+    "early_test_accuracy": ("early", "test_accuracy"),
+    "test_accuracy": ("test_accuracy",),
+    "loss": ("loss",),
+    "gradient_norm_initial": ("gradient_norm", "initial"),
+    "gradient_norm_mean": ("gradient_norm", "mean"),
+    "seconds": ("seconds",),
+}
 
 
-def report(directories: Iterable[str | os.PathLike[str]]) -> str:
-    """Compares finished runs in tables of text: one of the runs, one of their layers.
+def report(directories: Iterable[str | os.PathLike[str]], output_dir: str | os.PathLike[str] | None = None) -> str:
+    """Compares finished runs: those that differ in the seed alone are one row, with means and standard errors.
 
-    Runs with the same layers (same masks) share a table of layers.
+    A standard error is s / sqrt(n) over n seeds; a single run has none. The gradient norm is that of the loss over all
+    weights that are not masked, at the start and as the mean over the rows of metrics.csv after it; its square is the
+    gradient flow of Evci et al. 2020, arXiv:2010.03533. Below are the layers of the first run of each row; rows with
+    the same layers (same masks) share a table.
 
     Args:
         directories: Directories of runs, or directories that hold such directories.
+        output_dir: Where to write report.csv (the table), curves.csv (means over seeds at each step), curves.png and
+            accuracy.png (over sparsity). None writes nothing.
 
     Returns:
         The tables.
 
     Raises:
         FileNotFoundError: When a directory neither is nor holds a finished run.
-        ValueError: When a summary cannot be read, or no directory is given.
+        ValueError: When what a run has written cannot be read, or no directory is given.
+        FileExistsError: When one of the files is there already. Nothing is written then.
+        ImportError: When files are to be written and matplotlib is not installed. Nothing is written then.
 
     Example:
+        >>> import tempfile
+        >>> from keras_sparse_init.training import Dense, mlp, train
         >>> from keras_sparse_init.training.report import report
-        >>> print(report(["runs/a", "runs/b"]))  # doctest: +SKIP
+        >>> runs = [train(mlp, "digits", Dense(), steps=1, seed=s, output_dir=tempfile.mkdtemp()) for s in (0, 1)]
+        >>> "2 runs" in report([run.directory for run in runs])
+        True
     """
-    runs = [(path, read_summary(path)) for directory in directories for path in _runs(Path(directory))]
-    if not runs:
-        raise ValueError("At least one directory of a finished run must be given")
-    try:
-        images = sorted({summary["test_images"] for _, summary in runs})
-        grain = ", ".join(f"{count} test images (one is {1 / count:.2%})" for count in images)
-        parts = [f"{_table_of_runs(runs)}\n\naccuracy is of {grain}; the early one shows how training starts"]
-        for layers, paths in _same_layers(runs):
-            title = "layers" if len(paths) == len(runs) else "layers of " + ", ".join(map(str, paths))
-            parts.append(f"{title}\n{_table_of_layers(layers)}")
-    except KeyError as error:
-        raise ValueError(f"A summary lacks {error}: was it written by another version?") from error
+    groups, repeated = group_runs(read_runs(directories))
+    common = {name: value for name, value in groups[0].settings.items() if name not in {*differing(groups), *_SHOWN}}
+    parts = [f"all with {_said(common)}", _table_of_groups(groups)]
+    parts += [f"{run.path} is left out: it repeats another run, seed and all" for run in repeated]
+    images = sorted({run.summary["test_images"] for group in groups for run in group.runs})
+    grain = ", ".join(f"{count} test images (one is {1 / count:.2%})" for count in images)
+    parts.append(f"accuracy is of {grain}; the early one shows how training starts")
+    if any(len(group.runs) > 1 for group in groups):
+        parts[-1] += "\n± is the standard error over seeds"
+    first = [group.runs[0] for group in groups]
+    for layers, paths in _same_layers(first):
+        title = "layers" if len(paths) == len(first) == 1 else "layers of " + ", ".join(map(str, paths))
+        parts.append(f"{title}\n{_table_of_layers(layers)}")
+    if output_dir is not None:
+        _write(groups, Path(output_dir))
     return "\n\n".join(parts)
 
 
@@ -74,48 +105,89 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, cells)])
 
 
-def _runs(directory: Path) -> list[Path]:
-    """The directory itself when it is a run's (or nothing at all: reading it says what is wrong), or the runs in it."""
-    if (directory / SUMMARY).is_file() or not directory.is_dir():
-        return [directory]
-    return sorted(path.parent for path in directory.glob(f"*/{SUMMARY}")) or [directory]
-
-
-def _table_of_runs(runs: list[tuple[Path, dict[str, Any]]]) -> str:
-    header = ["network", "data", "experiment", "init", "sparsity", "method", "seed", "steps"]
-    header += ["early test accuracy", "test accuracy", "loss", "seconds", "run"]
-    return format_table(
-        header,
-        (
+def _table_of_groups(groups: Sequence[Group]) -> str:
+    others = [name for name in differing(groups) if name not in _SHOWN]
+    header = [*_SHOWN, *others, "seed", "early test accuracy", "test accuracy", "loss"]
+    header += ["gradient norm at init", "in training", "seconds", "run"]
+    rows = []
+    for group in groups:
+        s, runs = group.settings, group.runs
+        early = runs[0].summary["early"]["step"]
+        rows.append(
             [
                 s["network"],
-                Path(s["data"]).name,
                 s["experiment"],
                 s["init"],
                 f"{s['sparsity']:.2%}",
-                s["method"],
-                s["seed"],
-                s["steps"],
-                f"{s['early']['test_accuracy']:.2%} @{s['early']['step']}",
-                f"{s['test_accuracy']:.2%}",
-                f"{s['loss']:.4f}",
-                f"{s['seconds']:.1f}",
-                str(path),
+                *(str(s.get(name, "-")) for name in others),
+                _seeds(runs),
+                f"{_with_error(group, 'early_test_accuracy', '.2%')} @{early}",
+                _with_error(group, "test_accuracy", ".2%"),
+                _with_error(group, "loss", ".4f"),
+                _with_error(group, "gradient_norm_initial", ".3g"),
+                _with_error(group, "gradient_norm_mean", ".3g"),
+                f"{mean_and_error(group.values('seconds'))[0]:.1f}",
+                str(runs[0].path) if len(runs) == 1 else f"{len(runs)} runs",
             ]
-            for path, s in runs
-        ),
-    )
+        )
+    return format_table(header, rows)
 
 
-def _same_layers(runs: list[tuple[Path, dict[str, Any]]]) -> list[tuple[list[dict[str, Any]], list[Path]]]:
+def _said(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    return ",".join(str(run.summary["seed"]) for run in runs)
+
+
+def _with_error(group: Group, name: str, form: str) -> str:
+    mean, error = mean_and_error(group.values(*_NUMBERS[name]))
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:{form}}" if math.isnan(error) else f"{mean:{form}} ± {error:{form}}"
+
+
+def _write(groups: Sequence[Group], directory: Path) -> None:
+    for name in FILES:
+        if (directory / name).exists():
+            raise FileExistsError(f"The report {str(directory / name)!r} is there already; it is not overwritten")
+    lines, accuracies = plots.figure_of_curves(groups), plots.figure_of_accuracies(groups)
+    rows = [row for rows in plots.curves(groups) for row in rows]
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_csv(directory / "report.csv", [_raw_row(group) for group in groups])
+    _write_csv(directory / "curves.csv", rows)
+    lines.savefig(directory / "curves.png", dpi=120)
+    accuracies.savefig(directory / "accuracy.png", dpi=120)
+
+
+def _raw_row(group: Group) -> dict[str, Any]:
+    row: dict[str, Any] = {**group.settings, "runs": len(group.runs), "seeds": _seeds(group.runs)}
+    for name, place in _NUMBERS.items():
+        row[name], row[f"{name}_error"] = mean_and_error(group.values(*place))
+    return row
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """An empty cell is a number that there is none of."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for row in rows:
+            missing = (name for name, value in row.items() if isinstance(value, float) and math.isnan(value))
+            writer.writerow(row | dict.fromkeys(missing, ""))
+
+
+def _same_layers(runs: Sequence[Run]) -> list[tuple[list[dict[str, Any]], list[Path]]]:
     groups: list[tuple[list[dict[str, Any]], list[Path]]] = []
-    for path, summary in runs:
-        layers = summary["table"]["rows"]
+    for run in runs:
+        layers = run.summary["table"]["rows"]
         same = next((paths for others, paths in groups if others == layers), None)
         if same is None:
-            groups.append((layers, [path]))
+            groups.append((layers, [run.path]))
         else:
-            same.append(path)
+            same.append(run.path)
     return groups
 
 

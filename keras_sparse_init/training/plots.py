@@ -1,0 +1,108 @@
+"""The curves of runs over their steps, as numbers and as figures. matplotlib is needed for the figures alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from keras_sparse_init.training.runs import Group, differing, mean_and_error
+
+MEASURES = ("loss", "train_accuracy", "test_accuracy", "gradient_norm")
+CURVE_COLUMNS = ("group", "step", "n", *itertools.chain(*((name, f"{name}_error") for name in MEASURES)))
+
+
+def labels(groups: Sequence[Group]) -> list[str]:
+    """A short name for each group: the settings in which it differs from others."""
+    names = differing(groups) or ["network", "experiment"]
+    return [", ".join(_said(name, group.settings.get(name)) for name in names) for group in groups]
+
+
+def curves(groups: Sequence[Group]) -> list[list[dict[str, Any]]]:
+    """The means over seeds at each step, for each group.
+
+    Returns:
+        For each group its rows in the order of their steps, by `CURVE_COLUMNS`: n is the number of runs that have a row
+        of that step, `_error` a standard error; NaN where there is no value.
+
+    Raises:
+        FileNotFoundError: When a run has no metrics.csv.
+        ValueError: When one is damaged.
+    """
+    result = []
+    for group, label in zip(groups, labels(groups), strict=True):
+        at_step: dict[int, list[dict[str, float]]] = {}
+        for run in group.runs:
+            for row in run.rows():
+                at_step.setdefault(int(row["step"]), []).append(row)
+        rows = []
+        for step, found in sorted(at_step.items()):
+            row: dict[str, Any] = {"group": label, "step": step, "n": len(found)}
+            for name in MEASURES:
+                row[name], row[f"{name}_error"] = mean_and_error(other.get(name, math.nan) for other in found)
+            rows.append(row)
+        result.append(rows)
+    return result
+
+
+def figure_of_curves(groups: Sequence[Group]) -> Any:
+    """Test accuracy, loss and gradient norm over the steps: a line for each group, a band of one standard error."""
+    figure = _figure(14, 4)
+    panels = (("test_accuracy", "test accuracy"), ("loss", "loss"), ("gradient_norm", "norm of the gradient"))
+    for axes, (name, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        values = []
+        for rows in curves(groups):
+            rows = [row for row in rows if math.isfinite(row[name])]
+            if not rows:
+                continue
+            steps, means = [row["step"] for row in rows], [row[name] for row in rows]
+            (line,) = axes.plot(steps, means, label=rows[0]["group"])
+            low, high = zip(*(_band(row[name], row[f"{name}_error"]) for row in rows), strict=True)
+            axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+            values += means
+        if name != "test_accuracy" and values and min(values) > 0:
+            axes.set_yscale("log")
+        axes.set(xlabel="step", title=title)
+    handles, texts = figure.axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, texts, loc="outside lower center", ncols=min(len(handles), 4), fontsize="small")
+    return figure
+
+
+def figure_of_accuracies(groups: Sequence[Group]) -> Any:
+    """Test accuracy over sparsity, with standard errors: a series for all groups that differ in the sparsity alone."""
+    figure = _figure(6, 4.5)
+    axes = figure.subplots()
+    names = [name for name in differing(groups) if name != "sparsity"] or ["network", "experiment"]
+    series: dict[str, list[tuple[float, float, float]]] = {}
+    for group in groups:
+        label = ", ".join(_said(name, group.settings.get(name)) for name in names)
+        mean, error = mean_and_error(group.values("test_accuracy"))
+        point = (group.settings["sparsity"], mean, 0.0 if math.isnan(error) else error)
+        series.setdefault(label, []).append(point)
+    for label, points in series.items():
+        sparsities, means, errors = zip(*sorted(points), strict=True)
+        axes.errorbar(sparsities, means, errors, marker="o", capsize=3, label=label)
+    axes.set(xlabel="sparsity", title="test accuracy")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    return figure
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        # Not pyplot: that would choose a window system and keep every figure.
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install matplotlib") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _band(mean: float, error: float) -> tuple[float, float]:
+    return (mean, mean) if math.isnan(error) else (mean - error, mean + error)
+
+
+def _said(name: str, value: Any) -> str:
+    if name == "sparsity":
+        return f"{value:.2%} sparse"
+    return str(value) if name in ("network", "experiment") else f"{name} {value}"

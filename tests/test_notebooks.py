@@ -1,0 +1,38 @@
+"""The notebooks run from the first cell to the last, in a fast mode."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+COLABS = Path(__file__).parents[1] / "colabs"
+
+
+@pytest.fixture(params=sorted(path.name for path in COLABS.glob("*.ipynb")))
+def executed(request, tmp_path, monkeypatch):
+    """A notebook after its execution in an empty directory; the cell that installs the package is left out."""
+    monkeypatch.setenv("KERAS_SPARSE_INIT_FAST", "1")
+    notebook = nbformat.read(COLABS / request.param, as_version=4)
+    options = {"timeout": 300, "skip_cells_with_tag": "skip-execution"}
+    NotebookClient(
+        notebook, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}, **options
+    ).execute()
+    return notebook
+
+
+def _printed(notebook):
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return "".join(output.get("text", "") for output in outputs), outputs
+
+
+def test_a_notebook_runs_and_shows_its_tables_and_plots(executed):
+    text, outputs = _printed(executed)
+    assert "dead units" in text and "gradient norm" in text and "of the weights are exactly 0" in text
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_only_the_installation_is_left_out():
+    for path in COLABS.glob("*.ipynb"):
+        skipped = [c for c in nbformat.read(path, 4).cells if "skip-execution" in c.metadata.get("tags", [])]
+        assert [cell.source.split()[:2] for cell in skipped] == [["%pip", "install"]]
