@@ -1,5 +1,8 @@
 """Runs that were interrupted, and what is kept of a run."""
 
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from small_jobs import rows_of, small_network, small_settings
 from tensorflow.core.util import event_pb2
 
 from keras_sparse_init import SparseHeNormal
-from keras_sparse_init.training import Dense, Job, Prune, Scratch, checkpoints, make_data, mlp, train
+from keras_sparse_init.training import Dense, Job, Prune, Scratch, checkpoints, make_data, mlp, run_dir, train
 from keras_sparse_init.training.optimizers import OPTIMIZERS
 from keras_sparse_init.training.progress import Progress
 
@@ -225,3 +228,26 @@ def test_tensorboard_shows_the_rows_of_metrics_once_after_a_stop_too(data, tmp_p
     rows = rows_of(run.directory / "metrics.csv")
     expected = {(int(row["step"]), name): float(row[name]) for row in rows for name in row if name != "step"}
     assert found == pytest.approx(expected) and len(rows) == 10
+
+
+def test_two_processes_do_not_run_in_one_directory(data, tmp_path):
+    """While a run is under way, another process is refused and leaves it alone."""
+    script = """
+import sys
+from pathlib import Path
+from keras_sparse_init.training import run_dir
+with run_dir.sole_use(Path(sys.argv[1])):
+    print("running", flush=True)
+    sys.stdin.read()
+"""
+    (tmp_path / "run").mkdir()
+    directory = run_dir.claim(
+        tmp_path / "run", Job(small_network, data, Scratch(0.7), **small_settings())._identity(None)
+    )
+    command = [sys.executable, "-c", script, str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "running\n"
+        with pytest.raises(FileExistsError, match="Another process is running in the output directory"):
+            train(small_network, data, Scratch(0.7), output_dir=directory, **small_settings())
+        assert [path.name for path in directory.iterdir()] == ["job.json"]
+    train(small_network, data, Scratch(0.7), output_dir=directory, **small_settings())  # It is over.

@@ -182,7 +182,7 @@ class Job:
             A `TrainResult`.
 
         Raises:
-            FileExistsError: When the directory holds anything else.
+            FileExistsError: When the directory holds anything else, or another process is running there.
             FloatingPointError: When the loss becomes NaN or infinite.
             KeyboardInterrupt: When it was interrupted; a checkpoint is written first.
             RuntimeError: When the job has run before.
@@ -200,10 +200,14 @@ class Job:
                 self.settings["seed"],
             )
         directory = run_dir.claim(output_dir, self._identity(config))
-        if config is not None:
-            (directory / "operative_config.gin").write_text(config, encoding="utf-8")
-        self._has_run = True
+        with run_dir.sole_use(directory):
+            if config is not None:
+                (directory / "operative_config.gin").write_text(config, encoding="utf-8")
+            self._has_run = True
+            return self._finish(directory)
 
+    def _finish(self, directory: Path) -> TrainResult:
+        """Makes the steps that are left, and writes what stands at the end."""
         from keras_sparse_init.training.fit import Fit
 
         fit = Fit(self.model, self.data, self.settings, self.experiment.callbacks(self.model, self.settings["steps"]))
@@ -220,7 +224,7 @@ class Job:
         plain.save(directory / "model.keras")
         summary = {
             "network": self.network,
-            **described,
+            **self.experiment.describe(),
             "sparsity": table.total.sparsity,
             "data": self.data.name,
             "test_images": len(self.data.x_test),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,28 @@ def claim(path: str | os.PathLike[str], job: dict[str, Any]) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     _write(path / JOB, job)
     return path
+
+
+@contextlib.contextmanager
+def sole_use(directory: Path) -> Iterator[None]:
+    """Keeps other processes from running in the same directory meanwhile.
+
+    The lock is the system's: it ends with the process, however that ends, and leaves nothing behind.
+
+    Raises:
+        FileExistsError: When another process runs there.
+    """
+    with (directory / JOB).open("rb") as file:
+        try:
+            import fcntl
+        except ImportError:  # Windows has none.
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(f"Another process is running in the output directory {str(directory)!r}") from error
+        yield
 
 
 def default_output_dir(network: str, experiment: str, init: str, sparsity: float, seed: int) -> Path:
