@@ -64,7 +64,7 @@ def gradient_norm(gradients: list[np.ndarray]) -> float:
         5.0
 
     Reference:
-        Evci et al. 2020, arXiv:2010.03533, section 2.
+        Evci et al. 2020, Gradient flow in sparse neural networks and how lottery tickets win, arXiv:2010.03533.
     """
     return float(np.sqrt(sum(np.sum(np.square(g.astype(np.float64))) for g in gradients)))
 
@@ -72,10 +72,7 @@ def gradient_norm(gradients: list[np.ndarray]) -> float:
 def _of_tensorflow(model: Any, loss: Callable[[Any, Any], Any], variables: list[Any]) -> Callable[[Any, Any], Any]:
     import tensorflow as tf
 
-    plain = [
-        getattr(variable, "value", variable) if not isinstance(variable, tf.Variable) else variable
-        for variable in variables
-    ]
+    plain = [variable if isinstance(variable, tf.Variable) else variable.value for variable in variables]
 
     @tf.function
     def gradients(x: Any, y: Any) -> Any:

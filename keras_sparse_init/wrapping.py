@@ -99,8 +99,8 @@ def wrap_kernels(
     if left_dense:
         warnings.warn(
             f"tfmot cannot wrap these layers, which stay dense: {', '.join(left_dense)}. "
-            "Name them in `skip` if that is meant. `Masked` layers mask them: `wrapper='masked'` in `sparsify`, a Keras 3 "
-            "model in a training job.",
+            "Name them in `skip` if that is meant. `Masked` layers mask them: `wrapper='masked'` in `sparsify`, "
+            "a Keras 3 model in a training job.",
             stacklevel=3,
         )
     return wrapped

@@ -72,7 +72,7 @@ def restore(path: Path, model: Any) -> dict[str, np.ndarray]:
     from keras_sparse_init import compat
 
     variables = _variables(model)
-    arrays = _read(path)
+    arrays = _read(path, "; without it the run goes on from the one before")
     progress = {name: arrays.pop(f"progress/{name}") for name in _progress_names(arrays)}
     found = {name: array.shape for name, array in arrays.items()}
     expected = {name: tuple(variable.shape) for name, variable in variables.items()}
@@ -83,18 +83,12 @@ def restore(path: Path, model: Any) -> dict[str, np.ndarray]:
     return progress
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def _read(path: Path, remedy: str = "") -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"The checkpoint {str(path)!r} is damaged ({error}); without it the run goes on from the one before"
-        ) from error
-
-
-def _number(name: str) -> int:
-    return int(name.split("/")[1]) if name.split("/")[1].isdigit() else -1
+        raise ValueError(f"The checkpoint {str(path)!r} is damaged ({error}){remedy}") from error
 
 
 def _progress_names(arrays: dict[str, np.ndarray]) -> list[str]:
@@ -119,7 +113,7 @@ def weights(path: Path, model: Any) -> list[np.ndarray]:
         ValueError: When the checkpoint is damaged, or of another network.
     """
     arrays = _read(path)
-    found = [arrays[name] for name in sorted(arrays, key=_number) if name.startswith("model/")]
+    found = [arrays[f"model/{number}"] for number in range(sum(name.startswith("model/") for name in arrays))]
     expected = [tuple(variable.shape) for variable in plain_variables(model)]
     if [array.shape for array in found] != expected:
         raise ValueError(
