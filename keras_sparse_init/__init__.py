@@ -25,6 +25,8 @@ _HOME = {
     "SparseLecunUniform": "initializers",
     "SparseScaledInit": "initializers",
     "UpdatePruningStep": "tfmot",
+    "WeightNormConstraint": "constraints",
+    "apply_constraints": "constraints",
     "apply_masks": "sparse_model",
     "fans": None,
     "fix_precision": "tfmot",

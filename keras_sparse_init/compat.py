@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import random
+import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -31,6 +32,15 @@ class Initializer(keras.initializers.Initializer, tf_keras.initializers.Initiali
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Initializer:
         """A new initializer with the arguments that `get_config` returned."""
+        return cls(**config)
+
+
+class Constraint(keras.constraints.Constraint, tf_keras.constraints.Constraint):
+    """Base of constraints that both Kerases accept."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Constraint:
+        """A new constraint with the arguments that `get_config` returned."""
         return cls(**config)
 
 
@@ -333,6 +343,31 @@ def masked_kernel(layer: Any, kernel: Any, mask: Any) -> Any:
         return tf.cast(product, layer.compute_dtype) if hasattr(kernel, "_variable") else product
     with AutocastScope(layer.compute_dtype if layer.autocast else None):
         return kernel * mask
+
+
+# By the names of `keras.ops`, which may be those of another backend.
+_TENSORFLOW_OPS = types.SimpleNamespace(
+    abs=tf.abs,
+    cast=tf.cast,
+    max=tf.reduce_max,
+    ones_like=tf.ones_like,
+    sqrt=tf.sqrt,
+    square=tf.square,
+    stop_gradient=tf.stop_gradient,
+    sum=tf.reduce_sum,
+    where=tf.where,
+    zeros_like=tf.zeros_like,
+)
+
+
+def ops_of(value: Any) -> Any:
+    """The operations on a tensor or variable: those of TensorFlow, or of the backend of Keras 3."""
+    return _TENSORFLOW_OPS if isinstance(value, tf.Tensor | tf.Variable) else keras.ops
+
+
+def own_tensor(variable: Any, values: np.ndarray) -> Any:
+    """Values as a tensor of what a variable belongs to: TensorFlow for tf_keras, else Keras 3's backend."""
+    return tf.convert_to_tensor(values) if isinstance(variable, tf.Variable) else keras.ops.convert_to_tensor(values)
 
 
 def is_variable(value: Any) -> bool:

@@ -26,7 +26,11 @@ _INITIALIZERS = (
 
 # The class names of each Keras, with the module that each comes from. A layer has one class for each Keras there, by
 # the name of that Keras in the module's `CLASSES`.
-_SHARED = {**dict.fromkeys(_INITIALIZERS, f"{PACKAGE}.initializers"), "Masked": f"{PACKAGE}.layers.masked"}
+_SHARED = {
+    **dict.fromkeys(_INITIALIZERS, f"{PACKAGE}.initializers"),
+    "Masked": f"{PACKAGE}.layers.masked",
+    "WeightNormConstraint": f"{PACKAGE}.constraints",
+}
 _CLASSES: dict[str, dict[str, str]] = {
     "keras": _SHARED,
     "tf_keras": {

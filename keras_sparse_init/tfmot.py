@@ -206,6 +206,8 @@ class UpdatePruningStep(tf_keras.callbacks.Callback):
                 result = train_step(data)
                 for wrapper in found:
                     wrapper.pruning_obj.weight_mask_op()
+                    # The optimizer's own call of them has seen weights off the mask, which no norm should count.
+                    _apply_constraints(wrapper)
                     # The wrapper has counted its calls, which may be none or many.
                     wrapper.pruning_step.assign(steps[id(wrapper)])
             finally:
@@ -213,6 +215,19 @@ class UpdatePruningStep(tf_keras.callbacks.Callback):
             return result
 
         return _mark(counting)
+
+
+def _apply_constraints(wrapper: Any) -> None:
+    kernels = [kernel for kernel, _, _ in wrapper.pruning_obj._pruning_vars if kernel.constraint is not None]
+
+    def update(strategy: Any, *kernels: Any) -> None:
+        for kernel in kernels:
+            strategy.extended.update(
+                kernel, lambda variable, kernel=kernel: variable.assign(kernel.constraint(variable))
+            )
+
+    if kernels:
+        tf.distribute.get_replica_context().merge_call(update, args=kernels)
 
 
 def _mark(function: Any) -> Any:

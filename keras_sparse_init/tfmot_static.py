@@ -213,7 +213,8 @@ def _constrain(kernel: tf.Variable, mask: tf.Variable) -> None:
     own = kernel.constraint
 
     def constraint(value: Any) -> tf.Tensor:
-        return (tf.convert_to_tensor(value) if own is None else own(value)) * mask
+        masked = tf.convert_to_tensor(value) * mask  # First: a norm is that of the active weights.
+        return masked if own is None else own(masked) * mask
 
     constraint.own = own
     _set_constraint(kernel, constraint)

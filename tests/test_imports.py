@@ -34,6 +34,7 @@ ORDER = (
     "tfmot",
     "layers",
     "masked_kernel",
+    "constraints",
     "slots",
     "wrapping",
     "sparse_model",
