@@ -267,3 +267,15 @@ def test_masks_may_change_under_it():
     set_masks(model, masks.ConstantFanIn(0.9), seed=1)
     apply_constraints(model)
     _check_active_norms(model)
+
+
+def test_a_constrained_step_is_a_reparameterized_one_at_another_rate():
+    """With g = 1 and ||v|| = 1, eq. (3) of the paper: dv = dw - <w, dw> w. The rate is lr / (1 - lr <w, dw>)."""
+    random = np.random.default_rng(0)
+    w, dw = random.normal(size=(2, 30, 8))
+    w /= np.linalg.norm(w, axis=0)
+    rate, along = 0.1, np.sum(w * dw, axis=0)
+    constrained = WeightNormConstraint()(tf.constant(w - rate * dw)).numpy()
+    v = w - rate / (1 - rate * along) * (dw - along * w)
+    np.testing.assert_allclose(constrained, v / np.linalg.norm(v, axis=0), rtol=0, atol=1e-12)
+    assert np.abs(constrained - (w - rate * (dw - along * w))).max() > 1e-3  # Not at the same rate.
