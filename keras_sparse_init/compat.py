@@ -335,14 +335,20 @@ def nonzero_pattern(variable: Any, dtype: Any) -> Any:
     return keras.ops.cast(keras.ops.logical_or(nonzero, keras.ops.logical_not(keras.ops.any(nonzero))), dtype)
 
 
-def masked_kernel(layer: Any, kernel: Any, mask: Any) -> Any:
-    """Kernel * mask as a tensor, in the dtype in which the layer would read its kernel inside its call."""
+def own_value(kernel: Any) -> Any:
+    """A variable as a layer reads it where nothing casts it: in the dtype it has; a tensor is given back."""
+    if isinstance(kernel, keras.Variable):
+        with AutocastScope(None):
+            return kernel.value
+    # The policy of the layer that is being called casts variables; the one of their own layer may be another.
+    return getattr(kernel, "_variable", kernel)
+
+
+def as_read_by(layer: Any, kernel: Any, value: Any) -> Any:
+    """A tensor in the dtype in which a layer would read its kernel inside its call."""
     if isinstance(kernel, tf.Variable):
-        # The policy of the layer that is being called casts variables; the one of this layer may be another.
-        product = getattr(kernel, "_variable", kernel) * getattr(mask, "_variable", mask)
-        return tf.cast(product, layer.compute_dtype) if hasattr(kernel, "_variable") else product
-    with AutocastScope(layer.compute_dtype if layer.autocast else None):
-        return kernel * mask
+        return tf.cast(value, layer.compute_dtype) if hasattr(kernel, "_variable") else value
+    return keras.ops.cast(value, layer.compute_dtype) if layer.autocast and layer.compute_dtype else value
 
 
 # By the names of `keras.ops`, which may be those of another backend.

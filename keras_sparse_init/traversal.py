@@ -16,8 +16,15 @@ Replace = Callable[[Any, Callable[[Any], Any]], Any]
 _KERNEL_NAMES = ("kernel", "recurrent_kernel", "depthwise_kernel", "pointwise_kernel", "embeddings")
 
 
-class MaskWrapper:
-    """Base of this package's layers that hold the masks of the layer inside them, `layer`."""
+class LayerWrapper:
+    """Base of this package's layers around a layer, `layer`. They add no name to the paths of what is inside."""
+
+    def after_drawing(self, kernels: list[Any]) -> None:
+        """Called when kernels, of this layer or others, have been drawn anew."""
+
+
+class MaskWrapper(LayerWrapper):
+    """Base of this package's layers that hold the masks of the layer inside them."""
 
     def kernels_and_masks(self) -> list[tuple[Any, Any]]:
         """The variables of the masked kernels, each with its mask's."""
@@ -34,6 +41,18 @@ class MaskWrapper:
 def is_mask_wrapper(layer: Any) -> bool:
     """Whether a layer holds the masks of the layer inside it."""
     return isinstance(layer, MaskWrapper) or tfmot_wrapper.is_wrapper(layer)
+
+
+def is_layer_wrapper(layer: Any) -> bool:
+    """Whether a layer is one of this package or of tfmot around the layer that it changes."""
+    return isinstance(layer, LayerWrapper) or tfmot_wrapper.is_wrapper(layer)
+
+
+def kernels_were_drawn(model: Any, kernels: list[Any]) -> None:
+    """Tells the wrappers in a model or layer that these kernels have been drawn anew."""
+    for layer in model._flatten_layers():
+        if isinstance(layer, LayerWrapper):
+            layer.after_drawing(kernels)
 
 
 class KernelPlace(NamedTuple):
@@ -71,7 +90,7 @@ def kernels_of(layer: Any, names: Sequence[str] | None = None) -> list[KernelPla
     """
     found: list[KernelPlace] = []
     seen = set()
-    for path, canonical, owner in [((), (), layer), *walk(layer)]:
+    for path, canonical, owner in _itself_and_below(layer):
         for attribute, value in vars(owner).items():
             public = attribute.removeprefix("_")
             if public in (names or _KERNEL_NAMES) and compat.is_variable(value) and id(value) not in seen:
@@ -94,15 +113,26 @@ def initializer_of(layer: Any, attribute: str) -> Any:
 
 
 def walk(layer: Any) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Any]]:
-    """All layers below a model or layer, depth first in model order, each once; a mask wrapper itself comes first.
+    """All layers below a model or layer, depth first in model order, each once; a wrapper itself comes first.
 
     Yields:
-        (path, canonical path, layer). A path lists layer names; a mask wrapper adds no name to the path of the layer
-        inside it. In a canonical path, names that Keras numbered by itself (`dense_7`) are numbered anew among their
-        siblings, so that it is the same whatever the process built before.
+        (path, canonical path, layer). A path lists layer names; a wrapper (of masks, say) adds no name to the path of
+        the layer inside it. In a canonical path, names that Keras numbered by itself (`dense_7`) are numbered anew
+        among their siblings, so that it is the same whatever the process built before.
     """
-    seen: set[int] = set()
-    yield from _visit([layer], (), (), seen) if is_mask_wrapper(layer) else _visit(_children(layer), (), (), seen)
+    yield from _visit([layer] if is_layer_wrapper(layer) else _children(layer), (), (), set())
+
+
+def _itself_and_below(layer: Any) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Any]]:
+    """As `walk` yields them; the path of the layer itself, and of one that it wraps, is empty."""
+    wrapped = _wrapped(layer)
+    yield from (((), (), part) for part in wrapped)
+    yield from _visit(_children(wrapped[-1]), (), (), {id(part) for part in wrapped})
+
+
+def _wrapped(layer: Any) -> list[Any]:
+    """A layer and, when it is a wrapper, the layer inside it, and so on."""
+    return [layer, *_wrapped(layer.layer)] if is_layer_wrapper(layer) else [layer]
 
 
 def _visit(
@@ -112,14 +142,13 @@ def _visit(
     for layer in siblings:
         if id(layer) in seen:
             continue
-        seen.add(id(layer))
-        named = layer.layer if is_mask_wrapper(layer) else layer
+        wrapped = _wrapped(layer)
+        named = wrapped[-1]
         layer_path = (*path, named.name)
         layer_canonical = (*canonical, _canonical_name(named, counts))
-        yield layer_path, layer_canonical, layer
-        if named is not layer:
-            seen.add(id(named))
-            yield layer_path, layer_canonical, named
+        for part in wrapped:
+            seen.add(id(part))
+            yield layer_path, layer_canonical, part
         yield from _visit(_children(named), layer_path, layer_canonical, seen)
 
 
@@ -147,7 +176,7 @@ def owner_of(layer: Any, variable: Any) -> tuple[tuple[str, ...], tuple[str, ...
         (path below `layer`, canonical path, owner, attribute name). A weight that no attribute holds (one of a list,
         say) belongs to `layer` itself under the variable's own name.
     """
-    for path, canonical, candidate in [((), (), layer), *walk(layer)]:
+    for path, canonical, candidate in _itself_and_below(layer):
         for attribute, value in vars(candidate).items():
             if value is variable:
                 return path, canonical, candidate, attribute.removeprefix("_")

@@ -25,14 +25,14 @@ class Lock:
 
 
 def call_with_arguments_of(layer: Any) -> Callable[..., Any]:
-    """The method `call` of a `Masked`, which has the arguments of the wrapped layer's."""
+    """The method `call` of a wrapper, which has the arguments of the wrapped layer's."""
     signature = inspect.signature(layer.call)
     names = positional_names(layer.call)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped layer's output with its kernels masked."""
+        """The wrapped layer's output on its effective kernels."""
         args, kwargs = all_but_first_by_name(names, args, kwargs)
-        with self._masked_kernels():
+        with self._effective_kernels():
             return self.layer(*args, **kwargs)
 
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
