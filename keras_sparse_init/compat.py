@@ -357,6 +357,7 @@ _TENSORFLOW_OPS = types.SimpleNamespace(
     cast=tf.cast,
     max=tf.reduce_max,
     ones_like=tf.ones_like,
+    reshape=tf.reshape,
     sqrt=tf.sqrt,
     square=tf.square,
     stop_gradient=tf.stop_gradient,
@@ -398,10 +399,10 @@ def iterations(model: Any) -> int:
     return int(to_numpy("iterations", optimizer.iterations))
 
 
-def require_built(wrapper: Any) -> None:
-    """Raises a ValueError that names a wrapper of masks, ours or tfmot's, when it is not built."""
+def require_built(wrapper: Any, missing: str = "mask") -> None:
+    """Raises a ValueError that names a wrapper, ours or tfmot's, when it is not built and has no mask, say."""
     if not wrapper.built:
         raise ValueError(
-            f"The layer {wrapper.name!r} has no mask yet because it is not built. Build the model first: call it on "
-            "data, call `model.build(input_shape)`, or give the first layer an input shape."
+            f"The layer {wrapper.name!r} has no {missing} yet because it is not built. Build the model first: call it "
+            "on data, call `model.build(input_shape)`, or give the first layer an input shape."
         )

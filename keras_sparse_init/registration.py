@@ -29,6 +29,7 @@ _INITIALIZERS = (
 _SHARED = {
     **dict.fromkeys(_INITIALIZERS, f"{PACKAGE}.initializers"),
     "Masked": f"{PACKAGE}.layers.masked",
+    "WeightNorm": f"{PACKAGE}.layers.weight_norm",
     "WeightNormConstraint": f"{PACKAGE}.constraints",
 }
 _CLASSES: dict[str, dict[str, str]] = {

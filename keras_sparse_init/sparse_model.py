@@ -131,6 +131,7 @@ def reinitialize(model: Any, initializer: Any = None, seed: int | None = None) -
     values = map_blocks(draw, kernels, scaled, [kernel.mask_value() for kernel in kernels])
     for kernel, value in zip(kernels, values, strict=True):
         compat.assign(kernel.kernel, value)
+    traversal.kernels_were_drawn(model, [kernel.kernel for kernel in kernels])
 
 
 def sparsify(

@@ -122,6 +122,7 @@ class StaticPruneLowMagnitude(PruneLowMagnitude):
                 continue
             seed = derive_seed(base if initializer.given_seed is None else initializer.given_seed, name)
             compat.assign(kernel, initializer.draw(mask.shape, compat.true_dtype(kernel), mask, layout, seed))
+        traversal.kernels_were_drawn(self.layer, self.prunable_weights)
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls the wrapped layer on `inputs` and whatever else it takes."""

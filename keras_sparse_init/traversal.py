@@ -262,7 +262,7 @@ def _rebuild(model: Any, replace: Replace, done: dict[int, Any]) -> Any:
     for old, new in copies:
         if any(is_mask_wrapper(layer) for layer in old._flatten_layers(include_self=False)):
             _wrap_inside(old, new)
-        _copy_state(old, new)
+        copy_state(old, new)
     for old, new in kept:
         if not is_mask_wrapper(old):
             _replace_inside(old, new, replace, done)
@@ -278,13 +278,13 @@ def _is_graph_network(model: Any, library: Any) -> bool:
     )
 
 
-def _copy_state(old: Any, new: Any) -> None:
+def copy_state(old: Any, new: Any) -> None:
     """Gives a layer the weights of another of the same structure, its names, and what is frozen in it."""
     for source, target in zip(old._flatten_layers(), new._flatten_layers(), strict=True):
         _rename(target, source)
         if source.trainable != target.trainable:
             target.trainable = source.trainable
-    for source, target in zip(_variables(old), _variables(new), strict=True):
+    for source, target in zip(variables(old), variables(new), strict=True):
         compat.assign(target, compat.to_numpy("weight", source))
 
 
@@ -293,7 +293,7 @@ def _rename(layer: Any, other: Any) -> None:
         setattr(layer, "_name" if compat.library_of(layer) is compat.tf_keras else "name", other.name)
 
 
-def _variables(layer: Any) -> list[Any]:
+def variables(layer: Any) -> list[Any]:
     """All variables of a layer in an order that does not depend on which of them are frozen."""
     if compat.library_of(layer) is not compat.tf_keras:
         return layer.variables

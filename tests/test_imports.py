@@ -36,6 +36,7 @@ ORDER = (
     "masked_kernel",
     "constraints",
     "slots",
+    "folding",
     "wrapping",
     "sparse_model",
     "pruning",

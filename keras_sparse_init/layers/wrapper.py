@@ -17,7 +17,7 @@ from keras_sparse_init.traversal import KernelPlace, LayerWrapper, kernels_of
 
 
 class _MadeOutside(threading.local):
-    """What wrappers around this one have made of a kernel in this call, by its id; each replica's thread has its own."""
+    """What wrappers around this one have made of a kernel in this call, by its id. Replicas have a thread each."""
 
     def __init__(self) -> None:
         self.values: dict[int, Any] = {}
