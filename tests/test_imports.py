@@ -37,6 +37,7 @@ ORDER = (
     "constraints",
     "slots",
     "folding",
+    "data_dependent",
     "wrapping",
     "sparse_model",
     "pruning",
