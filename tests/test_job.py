@@ -3,11 +3,13 @@
 import json
 import zipfile
 
+import keras
 import numpy as np
 import pytest
 import tf_keras
 from small_jobs import rows_of, small_network, small_settings
 
+from keras_sparse_init import SparseHeNormal
 from keras_sparse_init.sparse_model import masked_kernels
 from keras_sparse_init.training import Job, Scratch, make_data, mlp, train
 from keras_sparse_init.training.fit import Fit
@@ -219,3 +221,27 @@ def test_vectors_do_not_decay_and_gradients_are_clipped_to_the_norm():
     optimizer.apply_gradients(zip([tf_keras.backend.constant(g) for g in gradients], [kernel, bias], strict=True))
     np.testing.assert_allclose(kernel.numpy(), 0.5 - gradients[0] * 0.1 / 5, rtol=1e-6)
     np.testing.assert_allclose(bias.numpy(), 1 - gradients[1] * 0.1 / 5, rtol=1e-6)
+
+
+def test_networks_share_their_architecture_but_for_seeds_and_the_names_of_keras(data):
+    def functional(units=9, activation="relu", seed=None):
+        inputs = keras.Input((6, 6, 1))
+        hidden = keras.layers.Dense(units, activation, kernel_initializer=SparseHeNormal(seed=seed))
+        return keras.Model(inputs, keras.layers.Dense(3)(hidden(keras.layers.Flatten()(inputs))))
+
+    def said(network):
+        job = Job(network, data, Scratch(0.5))
+        return job._architecture
+
+    same = [said(functional(seed=seed)) for seed in (0, 1)]
+    assert same[0] == same[1] and same[0]["parameters"] == 36 * 9 + 9 + 9 * 3 + 3
+    others = [functional(units=8), functional(activation="tanh"), small_network((6, 6, 1), 3)]
+    others += [mlp((6, 6, 1), 3, (20, 10), batch_norm=True)]
+    assert len({said(network)["architecture"] for network in [functional(), *others]}) == 5
+    lstm = [
+        keras.Sequential(
+            [keras.Input((6, 6, 1)), keras.layers.Reshape((6, 6)), keras.layers.LSTM(3, go_backwards=back)]
+        )
+        for back in (False, False, True)
+    ]
+    assert said(lstm[0]) == said(lstm[1]) != said(lstm[2])

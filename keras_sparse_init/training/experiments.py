@@ -131,6 +131,11 @@ class Scratch:
             "experiment": self.name,
             "method": self.method if self.masks_from is None else "shuffled" if self.shuffled else "taken",
             "init": getattr(initializer, "granularity", type(initializer).__name__),
+            "initializer": {
+                name: value
+                for name, value in initializer.get_config().items()
+                if name in ("scale", "mode", "distribution")
+            },
         }
 
     def _initializer(self) -> Any:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import inspect
+import json
 import math
 import os
 import platform
@@ -126,6 +127,7 @@ class Job:
         _check_fit(network, self.data)
         self.settings |= {"keras": compat.library_of(network).__name__, "backend": compat.backend_of(network)}
         self.network, self._has_run = _name(network, model), False
+        self._architecture = {"parameters": network.count_params(), "architecture": _architecture(network)}
         self.model = self.experiment.prepare(network, seed=self.settings["seed"], steps=self.settings["steps"])
 
     def table(self) -> Any:
@@ -224,6 +226,7 @@ class Job:
         plain.save(directory / "model.keras")
         summary = {
             "network": self.network,
+            **self._architecture,
             **self.experiment.describe(),
             "sparsity": table.total.sparsity,
             "data": self.data.name,
@@ -335,6 +338,30 @@ def _name(network: Any, maker: Any) -> str:
     if automatic is None:
         return network.name
     return automatic[1] if maker is network else getattr(maker, "__name__", automatic[1])
+
+
+def _architecture(network: Any) -> str:
+    """A text that two networks share when their layers and these layers' settings are the same but for names and seeds.
+
+    Names count as far as they are not Keras's own, whose numbers depend on what the process has made before.
+    """
+    from keras_sparse_init import traversal
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): plain(v) for key, v in value.items() if key not in ("name", "seed")}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return value if isinstance(value, str | int | float | bool | None) else type(value).__name__
+
+    parts = []
+    for _, canonical, layer in traversal.walk(network):
+        try:
+            config = {} if hasattr(layer, "layers") else layer.get_config()  # Those of a model's layers follow.
+        except NotImplementedError:  # A layer of the user's own need not have one.
+            config = {}
+        parts.append((canonical, type(layer).__name__, plain(config)))
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_fit(model: Any, data: Data) -> None:
