@@ -164,6 +164,31 @@ def test_a_ticket_takes_biases_and_statistics_along_and_keeps_its_masks_in_train
         assert np.all(ticket.model.get_layer(name.split("/")[0]).kernel.numpy()[~mask] == 0)
 
 
+@pytest.mark.parametrize("keras", ["tf_keras", "keras"])
+def test_tickets_and_masks_are_taken_whatever_numbers_keras_gave_to_the_layers(data, tmp_path, keras):
+    """A network of the user's own, made anew in one process; attention and mixed precision are pruned too."""
+    library = compat.library(keras)
+    layers = library.layers
+
+    def network(input_shape, classes):
+        half = library.mixed_precision.Policy("mixed_bfloat16") if keras == "tf_keras" else "mixed_bfloat16"
+        inputs = library.Input(input_shape)
+        rows = layers.Reshape((6, 6))(inputs)
+        flat = layers.Flatten()(layers.MultiHeadAttention(2, 3)(rows, rows))
+        hidden = layers.Dense(8, "relu", dtype=half)(flat)
+        return library.Model(inputs, layers.Dense(classes, dtype="float32")(hidden))
+
+    settings = small_settings(steps=8)
+    pruned = train(network, data, Prune(0.7), output_dir=tmp_path / "pruned", **settings)
+    assert len(_masks(pruned)) == 6 and pruned.summary["sparsity"] == pytest.approx(0.7, abs=0.02)
+    for experiment in (Lottery(pruned.directory), Scratch(masks_from=pruned.directory)):
+        job = Job(network, data, experiment, **settings)
+        taken = {kernel.seed_name: kernel.mask_value() for kernel in masked_kernels(job.model)}
+        assert taken.keys() == _masks(pruned).keys()
+        for name, mask in _masks(pruned).items():
+            np.testing.assert_array_equal(taken[name], mask)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -191,7 +191,13 @@ def test_a_model_that_does_not_fit_the_images_is_refused_before_anything_is_writ
     inputs = tf_keras.Input((6, 6, 1))
     flat = tf_keras.layers.Flatten()(inputs)
     two = tf_keras.Model(inputs, [tf_keras.layers.Dense(3)(flat), tf_keras.layers.Dense(3)(flat)])
+    keras_layers = [keras.layers.Input((6, 6, 1)), keras.layers.Flatten(), keras.layers.Dense(3)]
+    layers = tf_keras.layers
+    softmax = layers.Dense(3, activation="softmax", name="probabilities")
     for model, message in (
+        (tf_keras.Sequential([layers.Flatten(), layers.Dense(3)], name="new"), "The model 'new' must be built"),
+        (tf_keras.Sequential([layers.Input((6, 6, 1)), layers.Flatten(), softmax]), "logits.*'probabilities'"),
+        (lambda *_: keras.Sequential([*keras_layers, keras.layers.Softmax(name="s")]), "must return logits.*'s'"),
         (lambda *_: mlp((5, 5, 1), 3), r"must take images of shape \(6, 6, 1\).*\(None, 5, 5, 1\)"),
         (two, "one logit for each of the 3 classes"),
     ):

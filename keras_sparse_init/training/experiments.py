@@ -104,7 +104,7 @@ class Scratch:
             ValueError: When the sparsity or the method is not a valid one, or the masks are of another network.
             FileNotFoundError: When there are no masks in the run's directory.
         """
-        from keras_sparse_init.sparse_model import reinitialize, set_masks, sparsify
+        from keras_sparse_init.sparse_model import reinitialize, sparsify
         from keras_sparse_init.wrapping import wrap_kernels
 
         if self.masks_from is None:
@@ -116,7 +116,7 @@ class Scratch:
                 for name, mask in masks.items()
             }
         sparse = wrap_kernels(model)
-        set_masks(sparse, masks)
+        _take_masks(sparse, masks)
         reinitialize(sparse, self._initializer(), seed=seed)
         return sparse
 
@@ -279,7 +279,6 @@ class Lottery:
             FileNotFoundError: When the directory holds no finished run.
         """
         from keras_sparse_init import compat
-        from keras_sparse_init.sparse_model import set_masks
         from keras_sparse_init.wrapping import wrap_kernels
 
         masks = run_dir.read_masks(self.pruned_run)
@@ -287,7 +286,7 @@ class Lottery:
         beginning = checkpoints.weights(checkpoints.first(Path(self.pruned_run)), sparse)
         for variable, value in zip(checkpoints.plain_variables(sparse), beginning, strict=True):
             compat.assign(variable, value)
-        set_masks(sparse, masks)
+        _take_masks(sparse, masks)
         return sparse
 
     def callbacks(self, model: Any, steps: int) -> list[Any]:
@@ -302,3 +301,17 @@ class Lottery:
             "init": "beginning",
             "pruned_run": os.fspath(self.pruned_run),
         }
+
+
+def _take_masks(model: Any, masks: dict[str, np.ndarray]) -> None:
+    """Sets the masks of a run, by the names that masks.npz has for them.
+
+    Raises:
+        ValueError: When they are those of another network.
+    """
+    from keras_sparse_init.sparse_model import masked_kernels, set_masks
+
+    names = {kernel.seed_name: kernel.name for kernel in masked_kernels(model)}
+    if names.keys() != masks.keys():
+        raise ValueError(f"The masks are of another network: of {sorted(masks)}, where the model has {sorted(names)}")
+    set_masks(model, {names[name]: mask for name, mask in masks.items()})

@@ -126,7 +126,7 @@ class Job:
         network = _network(model, self.data, keras)
         _check_fit(network, self.data)
         self.settings |= {"keras": compat.library_of(network).__name__, "backend": compat.backend_of(network)}
-        self.network, self._has_run = _name(network, model), False
+        self.network, self.directory, self._has_run = _name(network, model), None, False
         self._architecture = {"parameters": network.count_params(), "architecture": _architecture(network)}
         self.model = self.experiment.prepare(network, seed=self.settings["seed"], steps=self.settings["steps"])
 
@@ -201,7 +201,7 @@ class Job:
                 round(self._final_sparsity(), 3),
                 self.settings["seed"],
             )
-        directory = run_dir.claim(output_dir, self._identity(config))
+        directory = self.directory = run_dir.claim(output_dir, self._identity(config))
         with run_dir.sole_use(directory):
             if config is not None:
                 (directory / "operative_config.gin").write_text(config, encoding="utf-8")
@@ -220,7 +220,8 @@ class Job:
         apply_masks(self.model)  # The last step has moved weights that the next forward pass would have masked.
         test_loss, test_accuracy = fit.evaluate()
         table, norms = self.table(), [row["gradient_norm"] for row in rows]
-        masks = {kernel.name: np.asarray(kernel.mask) != 0 for kernel in masked_kernels(self.model)}
+        # By names that do not depend on what the process has made before: another run may take the masks.
+        masks = {kernel.seed_name: kernel.mask_value() for kernel in masked_kernels(self.model)}
         np.savez_compressed(directory / run_dir.MASKS, **masks)
         plain = strip(self.model)
         plain.save(directory / "model.keras")
@@ -327,6 +328,8 @@ def _network(model: Any, data: Data, keras: str | None) -> Any:
         told = {"keras": keras or LIBRARIES[0]} if "keras" in inspect.signature(model).parameters else {}
         model = model(data.input_shape, data.classes, **told)
     library = compat.library_of(model).__name__
+    if not model.built:
+        raise ValueError(f"The model {model.name!r} must be built: call it on images first, or give it an input shape")
     if keras is not None and library != keras:
         raise ValueError(f"`keras` must be that of the model, {library!r}. Received: keras={keras!r}")
     return model
@@ -370,6 +373,12 @@ def _check_fit(model: Any, data: Data) -> None:
         raise ValueError(
             f"The model must have one logit for each of the {data.classes} classes of {data.name}. "
             f"Received: a model with output shape {shape}"
+        )
+    last = model.layers[-1] if getattr(model, "layers", None) else None
+    if type(last).__name__ == "Softmax" or getattr(getattr(last, "activation", None), "__name__", "") == "softmax":
+        raise ValueError(
+            f"The model must return logits: the loss takes the softmax itself. Received: a model whose last layer, "
+            f"{last.name!r}, is a softmax"
         )
     taken, given = getattr(model, "input_shape", None), (None, *data.input_shape)
     fits = isinstance(taken, tuple) and len(taken) == len(given)

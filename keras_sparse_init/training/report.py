@@ -64,12 +64,18 @@ def report(directories: Iterable[str | os.PathLike[str]], output_dir: str | os.P
     parts += [_left_out(run, same) for run, same in repeated]
     images = sorted({run.summary["test_images"] for group in groups for run in group.runs})
     grain = ", ".join(f"{count} test images (one is {1 / count:.2%})" for count in images)
-    parts.append(f"accuracy is of {grain}; the early one shows how training starts")
-    if any(len(group.runs) > 1 for group in groups):
+    several = any(len(group.runs) > 1 for group in groups)
+    parts.append(
+        f"accuracy is of {grain}; the early one shows how training starts\n"
+        "gradient norm is that of the loss on training images over all weights that are not masked: at initialization "
+        "it is small where the signal dies, later it falls as the network learns"
+    )
+    if several:
         parts[-1] += "\n± is the standard error over seeds"
     first = [min(group.runs, key=lambda run: run.summary["seed"]) for group in groups]
     for layers, paths in _same_layers(first):
         title = "layers" if len(paths) == len(first) == 1 else "layers of " + ", ".join(map(str, paths))
+        title += " (the lowest seed of each row)" if several else ""
         parts.append(f"{title}\n{_table_of_layers(layers)}")
     if output_dir is not None:
         _write(groups, Path(output_dir))
