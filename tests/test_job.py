@@ -241,6 +241,7 @@ def test_networks_share_their_architecture_but_for_seeds_and_the_names_of_keras(
 
     same = [said(functional(seed=seed)) for seed in (0, 1)]
     assert same[0] == same[1] and same[0]["parameters"] == 36 * 9 + 9 + 9 * 3 + 3
+    assert len({said(small_network)["architecture"] for _ in range(2)}) == 1  # Of tf_keras, its inputs numbered.
     others = [functional(units=8), functional(activation="tanh"), small_network((6, 6, 1), 3)]
     others += [mlp((6, 6, 1), 3, (20, 10), batch_norm=True)]
     assert len({said(network)["architecture"] for network in [functional(), *others]}) == 5
