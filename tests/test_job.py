@@ -11,7 +11,7 @@ from small_jobs import rows_of, small_network, small_settings
 
 from keras_sparse_init import SparseHeNormal
 from keras_sparse_init.sparse_model import masked_kernels
-from keras_sparse_init.training import Job, Scratch, make_data, mlp, train
+from keras_sparse_init.training import Dense, Job, Scratch, make_data, mlp, train
 from keras_sparse_init.training.fit import Fit
 from keras_sparse_init.training.optimizers import make_optimizer
 from keras_sparse_init.training.progress import Progress
@@ -109,6 +109,27 @@ def test_batches_are_epochs_of_all_images_without_a_break(data):
     assert images[:60] != images[60:120]
 
 
+def test_the_order_of_the_images_depends_on_the_seed(data):
+    model = Job(small_network, data, Scratch(0.7)).model
+    first, again, other = (
+        np.concatenate(
+            [x.numpy() for x, _ in Fit(model, data, Job(small_network, data, **settings).settings).batches()]
+        )
+        for settings in (small_settings(seed=seed, steps=3) for seed in (1, 1, 2))
+    )
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_a_train_step_without_the_accuracy_is_a_clear_error(data, tmp_path):
+    class Own(tf_keras.Sequential):
+        def train_step(self, data):
+            return {"loss": super().train_step(data)["loss"]}
+
+    model = Own([tf_keras.layers.Input((6, 6, 1)), tf_keras.layers.Flatten(), tf_keras.layers.Dense(3)])
+    with pytest.raises(ValueError, match="`train_step` must return 'loss' and 'accuracy'. It lacks.*accuracy"):
+        train(model, data, Dense(), output_dir=tmp_path, **small_settings())
+
+
 def test_a_model_of_the_users_own_is_trained(data, tmp_path):
     inputs = tf_keras.Input((6, 6, 1))
     flat = tf_keras.layers.Flatten()(inputs)
@@ -192,6 +213,21 @@ def test_a_model_that_does_not_fit_the_images_is_refused_before_anything_is_writ
     flat = tf_keras.layers.Flatten()(inputs)
     two = tf_keras.Model(inputs, [tf_keras.layers.Dense(3)(flat), tf_keras.layers.Dense(3)(flat)])
     keras_layers = [keras.layers.Input((6, 6, 1)), keras.layers.Flatten(), keras.layers.Dense(3)]
+    inputs3 = keras.Input((6, 6, 1))
+    flat3 = keras.layers.Dense(3)(keras.layers.Flatten()(inputs3))
+    frozen = keras.Sequential(keras_layers, name="frozen")
+    frozen.trainable = False
+
+    class Subclassed(tf_keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.flat, self.dense = tf_keras.layers.Flatten(), tf_keras.layers.Dense(7)
+
+        def call(self, x):
+            return self.dense(self.flat(x))
+
+    subclassed = Subclassed()
+    subclassed(data.x_test)
     layers = tf_keras.layers
     softmax = layers.Dense(3, activation="softmax", name="probabilities")
     for model, message in (
@@ -200,6 +236,10 @@ def test_a_model_that_does_not_fit_the_images_is_refused_before_anything_is_writ
         (lambda *_: keras.Sequential([*keras_layers, keras.layers.Softmax(name="s")]), "must return logits.*'s'"),
         (lambda *_: mlp((5, 5, 1), 3), r"must take images of shape \(6, 6, 1\).*\(None, 5, 5, 1\)"),
         (two, "one logit for each of the 3 classes"),
+        (keras.Sequential([*keras_layers[:1], keras.layers.Conv2D(3, 3)]), r"one logit.*shape \(1, 4, 4, 3\)"),
+        (keras.Model(inputs3, {"a": flat3}), "one logit.*dict"),
+        (subclassed, r"one logit for each of the 3 classes of columns.*shape \(1, 7\)"),
+        (frozen, "must have trainable weights.*'frozen', all frozen"),
     ):
         with pytest.raises(ValueError, match=message):
             train(model, data, Scratch(0.5), output_dir=tmp_path / "out")

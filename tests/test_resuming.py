@@ -93,6 +93,12 @@ def test_dropout_of_keras_3_goes_on_with_its_random_state(data, tmp_path, monkey
     _check_resumed(data, tmp_path, monkeypatch, Dense(), network)
 
 
+def test_of_many_checkpoints_the_first_and_the_newest_two_are_kept(data, tmp_path):
+    run = _go_on(data, tmp_path)
+    names = sorted(path.name for path in (run.directory / "checkpoints").iterdir())
+    assert names == [f"step-{step:09d}.npz" for step in (0, 80, 90)]
+
+
 def test_a_run_is_not_resumed_in_the_other_keras(data, tmp_path, monkeypatch):
     _stopped(data, tmp_path, monkeypatch, 50)
     with pytest.raises(FileExistsError, match="differ in keras, weights: 'tf_keras' there, 'keras' now"):

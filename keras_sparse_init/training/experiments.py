@@ -246,7 +246,8 @@ class Lottery:
     """Trains the lottery ticket of a pruned network: its masks at the end, and its weights of the beginning.
 
     Attributes:
-        pruned_run: The directory of a finished `Prune` run of the same network, in either Keras.
+        pruned_run: The directory of a finished run of the same network with masks, such as `Prune` makes, in either
+            Keras. Layers are told apart by their names and shapes: that they are otherwise the same is yours to see to.
 
     Raises:
         ValueError: When no directory is given.

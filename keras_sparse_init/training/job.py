@@ -368,12 +368,6 @@ def _architecture(network: Any) -> str:
 
 
 def _check_fit(model: Any, data: Data) -> None:
-    shape = getattr(model, "output_shape", None)  # A model that is not built yet has none to check.
-    if shape is not None and (not isinstance(shape, tuple) or shape[-1] != data.classes):
-        raise ValueError(
-            f"The model must have one logit for each of the {data.classes} classes of {data.name}. "
-            f"Received: a model with output shape {shape}"
-        )
     last = model.layers[-1] if getattr(model, "layers", None) else None
     if type(last).__name__ == "Softmax" or getattr(getattr(last, "activation", None), "__name__", "") == "softmax":
         raise ValueError(
@@ -387,6 +381,17 @@ def _check_fit(model: Any, data: Data) -> None:
             f"The model must take images of shape {data.input_shape}, those of {data.name}. "
             f"Received: a model with input shape {taken}"
         )
+    # Not what the model says of itself: one that is subclassed says nothing.
+    outputs = model(data.x_train[:1], training=False)
+    shape = getattr(outputs, "shape", None)
+    if shape is None or tuple(shape) != (1, data.classes):
+        found = type(outputs).__name__ if shape is None else f"shape {tuple(shape)}"
+        raise ValueError(
+            f"The model must have one logit for each of the {data.classes} classes of {data.name}. "
+            f"Received: a model whose outputs for one image are of {found}"
+        )
+    if not model.trainable_variables:
+        raise ValueError(f"The model must have trainable weights. Received: the model {model.name!r}, all frozen")
 
 
 def _versions() -> dict[str, str]:
