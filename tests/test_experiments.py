@@ -64,6 +64,8 @@ def test_masks_that_are_not_there_or_do_not_fit_are_clear_errors(result, data, t
         Scratch(0.5, masks_from="runs/a")
     with pytest.raises(ValueError, match="`shuffled` must be"):
         Scratch(0.5, shuffled=True)
+    with pytest.raises(ValueError, match="`masks_from` must be the directory.*5"):
+        Scratch(masks_from=5)
 
 
 @pytest.fixture(scope="module", params=["tf_keras", "keras"])

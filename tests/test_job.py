@@ -165,6 +165,20 @@ def test_a_loss_that_is_lost_stops_the_run_with_a_clear_error(data, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"model": None}, "`model` must be a Keras model or a function.*None"),
+        ({"data": None}, "`data` must be a Data, a name or the path.*None"),
+        ({"experiment": "scratch"}, "`experiment` must be an experiment.*'scratch'"),
+        ({"experiment": Scratch}, "`experiment` must be an experiment.*Scratch"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(data, changes, message):
+    with pytest.raises(TypeError, match=message):
+        Job(**{"model": small_network, "data": data, "experiment": Scratch(0.7)} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"steps": 0}, "`steps` must be a positive integer"),
         ({"steps": True}, "`steps` must be a positive integer"),
         ({"batch": 1.5}, "`batch` must be a positive integer"),

@@ -10,7 +10,7 @@ import tensorflow as tf
 from small_jobs import rows_of, small_network, small_settings
 from tensorflow.core.util import event_pb2
 
-from keras_sparse_init import SparseHeNormal
+from keras_sparse_init import SparseHeNormal, compat
 from keras_sparse_init.training import Dense, Job, Prune, Scratch, checkpoints, make_data, mlp, run_dir, train
 from keras_sparse_init.training.optimizers import OPTIMIZERS
 from keras_sparse_init.training.progress import Progress
@@ -82,6 +82,22 @@ def test_batch_normalization_goes_on_with_its_statistics(data, tmp_path, monkeyp
         return mlp(input_shape, classes, hidden_sizes=(20, 10), batch_norm=True, seed=0, keras=keras)
 
     _check_resumed(data, tmp_path, monkeypatch, Scratch(0.7), network, keras=keras)
+
+
+@pytest.mark.parametrize("keras", ["tf_keras", "keras"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
+def test_half_precision_goes_on_to_the_same(data, tmp_path, monkeypatch, policy, keras):
+    """Kernels are never rounded by an evaluation, and half-precision weights are kept in checkpoints."""
+
+    def network(input_shape, classes):
+        library = compat.library(keras)
+        layers = library.layers
+        dtype = library.mixed_precision.Policy(policy) if keras == "tf_keras" else policy
+        hidden = layers.Dense(20, "relu", dtype=dtype, kernel_initializer=SparseHeNormal(seed=1))
+        last = layers.Dense(classes, dtype="float32", kernel_initializer=SparseHeNormal(seed=2))
+        return library.Sequential([layers.Input(input_shape), layers.Flatten(), hidden, last])
+
+    _check_resumed(data, tmp_path, monkeypatch, Prune(0.8, begin_step=5, end_step=45, frequency=4), network)
 
 
 def test_dropout_of_keras_3_goes_on_with_its_random_state(data, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def save(directory: Path, model: Any, step: int, **progress: Any) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:09d}.npz"
     temporary = path.with_suffix(".tmp")
-    arrays = {name: compat.to_numpy(name, variable) for name, variable in _variables(model).items()}
+    arrays = {name: _storable(compat.to_numpy(name, variable)) for name, variable in _variables(model).items()}
     arrays["names"] = np.array(_names(model, plain_variables(model)))
     with temporary.open("wb") as file:
         np.savez(file, **{f"progress/{name}": value for name, value in {"step": step, **progress}.items()}, **arrays)
@@ -83,6 +83,11 @@ def restore(path: Path, model: Any) -> dict[str, np.ndarray]:
     for name, variable in variables.items():
         compat.assign(variable, arrays[name])
     return progress
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    """An array of the same values in a dtype of NumPy's own: its files know no bfloat16, whose values float32 has."""
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def _read(path: Path, remedy: str = "") -> dict[str, np.ndarray]:

@@ -86,6 +86,8 @@ class Scratch:
                 "Give either `sparsity` or `masks_from`, the other None. "
                 f"Received: sparsity={self.sparsity}, masks_from={self.masks_from!r}"
             )
+        if not isinstance(self.masks_from, str | os.PathLike | None):
+            raise ValueError(f"`masks_from` must be the directory of a run. Received: masks_from={self.masks_from!r}")
         if not isinstance(self.shuffled, bool) or (self.shuffled and self.masks_from is None):
             raise ValueError(f"`shuffled` must be a bool, True only with `masks_from`. Received: {self.shuffled!r}")
 
@@ -220,9 +222,15 @@ class Prune:
         Raises:
             ValueError: When the schedule does not fit the number of steps.
         """
+        from keras_sparse_init import compat
         from keras_sparse_init.wrapping import wrap_kernels
 
-        return wrap_kernels(model, schedule=self.schedule(steps))
+        pruned = wrap_kernels(model, schedule=self.schedule(steps))
+        if compat.library_of(model) is compat.tf_keras:
+            from keras_sparse_init.tfmot import fix_precision
+
+            fix_precision(pruned)  # Now: each evaluation would round the kernels, too.
+        return pruned
 
     def callbacks(self, model: Any, steps: int) -> list[Any]:
         """The callback that prunes."""

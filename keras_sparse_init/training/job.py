@@ -27,6 +27,8 @@ from keras_sparse_init.training.experiments import Scratch
 from keras_sparse_init.training.networks import LIBRARIES, Library
 from keras_sparse_init.training.optimizers import OPTIMIZERS
 
+_METHODS = ("prepare", "callbacks", "describe")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
@@ -112,6 +114,8 @@ class Job:
             check_choice("keras", keras, LIBRARIES)
         self.data = data if isinstance(data, Data) else load_data(data)
         self.experiment = Scratch(sparsity=0.95) if experiment is None else experiment
+        if isinstance(experiment, type) or not all(hasattr(self.experiment, name) for name in _METHODS):
+            raise TypeError(f"`experiment` must be an experiment such as Scratch(0.9). Received: {experiment!r}")
         self.settings = {
             **{name: int(value) for name, value in counts.items()},
             "optimizer": optimizer,
@@ -325,6 +329,8 @@ def _network(model: Any, data: Data, keras: str | None) -> Any:
     from keras_sparse_init import compat
 
     if not hasattr(model, "layers"):
+        if not callable(model):
+            raise TypeError(f"`model` must be a Keras model or a function that makes one. Received: model={model!r}")
         told = {"keras": keras or LIBRARIES[0]} if "keras" in inspect.signature(model).parameters else {}
         model = model(data.input_shape, data.classes, **told)
     library = compat.library_of(model).__name__
