@@ -52,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="overrides a value of the config: DATA, SPARSITY, METHOD, INIT, STEPS, BATCH, LEARNING_RATE, SEED "
-        "or any parameter, such as train.log_every=50; may be repeated",
+        help="overrides a value of the config: DATA, STEPS, BATCH, LEARNING_RATE, SEED, where a config has them also "
+        "SPARSITY, METHOD, INIT, PRUNED_RUN, or any parameter, such as train.log_every=50; may be repeated",
     )
     train.add_argument(
         "--import",
@@ -108,6 +108,9 @@ def _train(arguments: argparse.Namespace) -> int:
     print(job, flush=True)
     try:
         result = job.run(arguments.output_dir, config=config)
+    except KeyboardInterrupt:
+        told = "" if job.directory is None else f"; to go on, give this command with --output_dir {job.directory}"
+        return _fail(f"interrupted{told}", code=130)
     except FloatingPointError as error:
         return _fail(error, code=1)
     except (OSError, ValueError) as error:  # A directory that may not be made, a full disk, a damaged checkpoint.
@@ -128,7 +131,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _import_tensorflow_quietly() -> None:
     """Keeps TensorFlow's C++ log (CPU features, missing GPUs) off the terminal, unless the user has set its level."""
-    if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3") != "3":
         return
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     # TensorFlow 2.21 logs while its libraries are loaded, before it reads its level: only the descriptor stops that.

@@ -120,7 +120,9 @@ def to_numpy(name: str, value: Any) -> np.ndarray:
     if isinstance(value, tf.Variable):
         # Inside a traced function, the lifted scope reads the variable's value instead of a symbol for it.
         with tf.init_scope():
-            return np.asarray(value.read_value())
+            tensor = value.read_value()
+            # NumPy does not take a scalar of bfloat16 as it is; `.numpy()` copies.
+            return np.asarray(tensor if tensor.shape.rank else tensor.numpy())
     if isinstance(value, keras.KerasTensor) or (isinstance(value, tf.Tensor) and not hasattr(value, "numpy")):
         raise ValueError(f"`{name}` must have a value when the function or model is traced. Received: {value}")
     if isinstance(value, tf.Tensor):

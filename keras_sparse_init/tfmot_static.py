@@ -177,7 +177,11 @@ def pruned_by(layer: tf_keras.layers.Layer, schedule: Any) -> PruneLowMagnitude:
     if isinstance(schedule, schedules.PruningSchedule):
         schedule = getattr(pruning_schedule, type(schedule).__name__)(**schedule.get_config())
     extend_registry(layer)
-    return PruneLowMagnitude(layer, pruning_schedule=schedule)
+    if getattr(layer, "_query_shape", None) is not None:
+        # The kernels of attention would appear at its first call, after tfmot has looked for them.
+        compat.build_attention(layer, None, {})
+    # Otherwise the wrapper has the global policy, and imposes it on a layer that was given another.
+    return PruneLowMagnitude(layer, pruning_schedule=schedule, dtype=layer.dtype_policy)
 
 
 def extend_registry(layer: tf_keras.layers.Layer) -> None:

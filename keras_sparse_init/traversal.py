@@ -161,7 +161,7 @@ def _canonical_name(layer: Any, counts: dict[str, int]) -> str:
     prefix, name = re.fullmatch(r"((?:forward_|backward_)*)(.*)", layer.name).groups()
     stem = re.sub(r"_\d+$", "", name)
     kind = type(layer).__name__
-    automatic = {kind.lower().replace("_", ""), "model" if kind == "Functional" else ""}
+    automatic = {kind.lower().replace("_", ""), {"Functional": "model", "InputLayer": "input"}.get(kind, "")}
     if stem.replace("_", "").removeprefix("private" if kind.startswith("_") else "") not in automatic:
         return layer.name
     stem = prefix + stem

@@ -3,13 +3,15 @@
 import json
 import zipfile
 
+import keras
 import numpy as np
 import pytest
 import tf_keras
 from small_jobs import rows_of, small_network, small_settings
 
+from keras_sparse_init import SparseHeNormal
 from keras_sparse_init.sparse_model import masked_kernels
-from keras_sparse_init.training import Job, Scratch, make_data, mlp, train
+from keras_sparse_init.training import Dense, Job, Scratch, make_data, mlp, train
 from keras_sparse_init.training.fit import Fit
 from keras_sparse_init.training.optimizers import make_optimizer
 from keras_sparse_init.training.progress import Progress
@@ -107,6 +109,27 @@ def test_batches_are_epochs_of_all_images_without_a_break(data):
     assert images[:60] != images[60:120]
 
 
+def test_the_order_of_the_images_depends_on_the_seed(data):
+    model = Job(small_network, data, Scratch(0.7)).model
+    first, again, other = (
+        np.concatenate(
+            [x.numpy() for x, _ in Fit(model, data, Job(small_network, data, **settings).settings).batches()]
+        )
+        for settings in (small_settings(seed=seed, steps=3) for seed in (1, 1, 2))
+    )
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_a_train_step_without_the_accuracy_is_a_clear_error(data, tmp_path):
+    class Own(tf_keras.Sequential):
+        def train_step(self, data):
+            return {"loss": super().train_step(data)["loss"]}
+
+    model = Own([tf_keras.layers.Input((6, 6, 1)), tf_keras.layers.Flatten(), tf_keras.layers.Dense(3)])
+    with pytest.raises(ValueError, match="`train_step` must return 'loss' and 'accuracy'. It lacks.*accuracy"):
+        train(model, data, Dense(), output_dir=tmp_path, **small_settings())
+
+
 def test_a_model_of_the_users_own_is_trained(data, tmp_path):
     inputs = tf_keras.Input((6, 6, 1))
     flat = tf_keras.layers.Flatten()(inputs)
@@ -137,6 +160,20 @@ def test_a_loss_that_is_lost_stops_the_run_with_a_clear_error(data, tmp_path):
     with pytest.raises(FloatingPointError, match="The loss is .* at step .*smaller learning rate"):
         train(small_network, data, Scratch(0.7), output_dir=tmp_path, **small_settings(learning_rate=1e30))
     assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, "`model` must be a Keras model or a function.*None"),
+        ({"data": None}, "`data` must be a Data, a name or the path.*None"),
+        ({"experiment": "scratch"}, "`experiment` must be an experiment.*'scratch'"),
+        ({"experiment": Scratch}, "`experiment` must be an experiment.*Scratch"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(data, changes, message):
+    with pytest.raises(TypeError, match=message):
+        Job(**{"model": small_network, "data": data, "experiment": Scratch(0.7)} | changes)
 
 
 @pytest.mark.parametrize(
@@ -189,9 +226,34 @@ def test_a_model_that_does_not_fit_the_images_is_refused_before_anything_is_writ
     inputs = tf_keras.Input((6, 6, 1))
     flat = tf_keras.layers.Flatten()(inputs)
     two = tf_keras.Model(inputs, [tf_keras.layers.Dense(3)(flat), tf_keras.layers.Dense(3)(flat)])
+    keras_layers = [keras.layers.Input((6, 6, 1)), keras.layers.Flatten(), keras.layers.Dense(3)]
+    inputs3 = keras.Input((6, 6, 1))
+    flat3 = keras.layers.Dense(3)(keras.layers.Flatten()(inputs3))
+    frozen = keras.Sequential(keras_layers, name="frozen")
+    frozen.trainable = False
+
+    class Subclassed(tf_keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.flat, self.dense = tf_keras.layers.Flatten(), tf_keras.layers.Dense(7)
+
+        def call(self, x):
+            return self.dense(self.flat(x))
+
+    subclassed = Subclassed()
+    subclassed(data.x_test)
+    layers = tf_keras.layers
+    softmax = layers.Dense(3, activation="softmax", name="probabilities")
     for model, message in (
+        (tf_keras.Sequential([layers.Flatten(), layers.Dense(3)], name="new"), "The model 'new' must be built"),
+        (tf_keras.Sequential([layers.Input((6, 6, 1)), layers.Flatten(), softmax]), "logits.*'probabilities'"),
+        (lambda *_: keras.Sequential([*keras_layers, keras.layers.Softmax(name="s")]), "must return logits.*'s'"),
         (lambda *_: mlp((5, 5, 1), 3), r"must take images of shape \(6, 6, 1\).*\(None, 5, 5, 1\)"),
         (two, "one logit for each of the 3 classes"),
+        (keras.Sequential([*keras_layers[:1], keras.layers.Conv2D(3, 3)]), r"one logit.*shape \(1, 4, 4, 3\)"),
+        (keras.Model(inputs3, {"a": flat3}), "one logit.*dict"),
+        (subclassed, r"one logit for each of the 3 classes of columns.*shape \(1, 7\)"),
+        (frozen, "must have trainable weights.*'frozen', all frozen"),
     ):
         with pytest.raises(ValueError, match=message):
             train(model, data, Scratch(0.5), output_dir=tmp_path / "out")
@@ -219,3 +281,28 @@ def test_vectors_do_not_decay_and_gradients_are_clipped_to_the_norm():
     optimizer.apply_gradients(zip([tf_keras.backend.constant(g) for g in gradients], [kernel, bias], strict=True))
     np.testing.assert_allclose(kernel.numpy(), 0.5 - gradients[0] * 0.1 / 5, rtol=1e-6)
     np.testing.assert_allclose(bias.numpy(), 1 - gradients[1] * 0.1 / 5, rtol=1e-6)
+
+
+def test_networks_share_their_architecture_but_for_seeds_and_the_names_of_keras(data):
+    def functional(units=9, activation="relu", seed=None):
+        inputs = keras.Input((6, 6, 1))
+        hidden = keras.layers.Dense(units, activation, kernel_initializer=SparseHeNormal(seed=seed))
+        return keras.Model(inputs, keras.layers.Dense(3)(hidden(keras.layers.Flatten()(inputs))))
+
+    def said(network):
+        job = Job(network, data, Scratch(0.5))
+        return job._architecture
+
+    same = [said(functional(seed=seed)) for seed in (0, 1)]
+    assert same[0] == same[1] and same[0]["parameters"] == 36 * 9 + 9 + 9 * 3 + 3
+    assert len({said(small_network)["architecture"] for _ in range(2)}) == 1  # Of tf_keras, its inputs numbered.
+    others = [functional(units=8), functional(activation="tanh"), small_network((6, 6, 1), 3)]
+    others += [mlp((6, 6, 1), 3, (20, 10), batch_norm=True)]
+    assert len({said(network)["architecture"] for network in [functional(), *others]}) == 5
+    lstm = [
+        keras.Sequential(
+            [keras.Input((6, 6, 1)), keras.layers.Reshape((6, 6)), keras.layers.LSTM(3, go_backwards=back)]
+        )
+        for back in (False, False, True)
+    ]
+    assert said(lstm[0]) == said(lstm[1]) != said(lstm[2])

@@ -37,6 +37,8 @@ def _run(directory, metrics=None, **changes):
         "batch": 64,
         "learning_rate": 0.1,
         "keras": "tf_keras",
+        "parameters": 44426,
+        "architecture": "0123456789abcdef",
         "data": "digits",
         "method": "erk",
         "test_images": 360,
@@ -85,7 +87,7 @@ def test_seeds_are_one_row_with_the_mean_and_its_standard_error(seeds):
 def test_settings_that_differ_are_columns_and_the_others_are_said_once(tmp_path):
     runs = [_run(tmp_path / str(rate), learning_rate=rate) for rate in (0.1, 0.05)]
     lines = report(runs).splitlines()
-    assert lines[0] == "all with data digits, method erk, steps 2000, batch 64, keras tf_keras"
+    assert lines[0] == "all with data digits, method erk, steps 2000, batch 64, keras tf_keras, parameters 44426"
     assert "learning_rate" in lines[2]
     assert [line.split()[4] for line in lines[4:6]] == ["0.1", "0.05"]
     pruned = [
@@ -98,7 +100,27 @@ def test_a_run_counts_once_however_it_is_named_and_a_repeated_one_not_at_all(tmp
     assert report([tmp_path, seeds[0]]) == report([tmp_path])
     again = _run(tmp_path / "zz", seed=1, test_accuracy=0.1)
     text = report([*seeds, again])
-    assert f"{again} is left out" in text and "93.00% ± 2.08%" in text
+    assert f"{again} is left out: it has the settings and the seed of {seeds[1]}, though not its numbers" in text
+    assert "93.00% ± 2.08%" in text
+    copy = _run(tmp_path / "copy", seed=1, test_accuracy=0.92)
+    assert f"{copy} is left out: it has the settings and the seed of {seeds[1]}\n" in report([*seeds, copy])
+
+
+@pytest.mark.parametrize("change", [{"parameters": 9}, {"architecture": "ff"}, {"initializer": {"scale": 1.0}}])
+def test_networks_and_initializers_that_differ_are_no_seeds_of_one_another(tmp_path, change):
+    lines = report([_run(tmp_path / "a"), _run(tmp_path / "b", seed=1, **change)]).splitlines()
+    (name, value), *_ = change.items()
+    value = value["scale"] if name == "initializer" else value
+    assert ("init.scale" if name == "initializer" else name) in lines[2]
+    assert lines[5].split()[4] == str(value) != lines[4].split()[4]
+
+
+def test_early_accuracies_of_other_steps_have_no_mean(tmp_path):
+    runs = [_run(tmp_path / str(step), seed=step, early={"step": step, "test_accuracy": 0.5}) for step in (10, 100)]
+    report(runs, tmp_path / "out")
+    (row,) = _csv(tmp_path / "out" / "report.csv")
+    assert (row["early_step"], row["early_test_accuracy"], row["early_test_accuracy_error"]) == ("", "", "")
+    assert "50.00%" not in report(runs)
 
 
 def test_runs_of_an_older_version_lack_the_gradient_and_nothing_else(tmp_path):
@@ -119,6 +141,7 @@ def test_files_have_the_numbers_and_the_plots_are_pictures(seeds, tmp_path):
     assert float(unit["test_accuracy"]) == pytest.approx(0.93)
     assert float(unit["test_accuracy_error"]) == pytest.approx(math.sqrt(13e-4 / 3))
     assert (dense["runs"], dense["test_accuracy_error"]) == ("1", "")
+    assert (unit["group"], unit["early_step"]) == ("init unit", "100")
     curves = {(row["group"], int(row["step"])): row for row in _csv(out / "curves.csv")}
     assert set(curves) == {(f"init {init}", step) for init in ("unit", "dense") for step in (0, 100)}
     assert float(curves["init unit", 100]["test_accuracy"]) == pytest.approx(0.93)
@@ -140,6 +163,10 @@ def test_the_figures_draw_a_line_for_each_group_at_its_means(seeds, tmp_path):
     said = [text.get_text() for text in figure.legends[0].get_texts()]
     assert said == ["init unit, 95.00% sparse", "init dense, 95.00% sparse", "init unit, 98.00% sparse"]
     (axes,) = plots.figure_of_accuracies(groups).axes
+    bars = [container.lines[2][0].get_segments() for container in axes.containers]
+    np.testing.assert_allclose(bars[0][0], [[0.95, 0.93 - 0.02082], [0.95, 0.93 + 0.02082]], atol=1e-5)
+    # A single run has no error, not one of 0.
+    assert [[len(segment) > 0 for segment in segments] for segments in bars] == [[True, False], [False]]
     series = {container.get_label(): list(container[0].get_ydata()) for container in axes.containers}
     assert series == {"init unit": pytest.approx([0.93, 0.7]), "init dense": [0.5]}
 
@@ -151,6 +178,30 @@ def test_a_loss_of_zero_and_errors_larger_than_the_mean_can_be_drawn(tmp_path):
             _run(tmp_path / f"{name}{seed}", metrics.format(first, 10.0**seed, second), seed=seed) for seed in (0, 3)
         ]
         report(runs, tmp_path / f"{name}-report")
+
+
+def test_a_network_without_gradient_leaves_the_axis_of_the_others_logarithmic(tmp_path):
+    metrics = "step,loss,train_accuracy,test_accuracy,gradient_norm\n0,2.3,0.1,0.1,{}\n100,0.1,0.9,0.9,1e-3\n"
+    runs = [_run(tmp_path / str(norm), metrics.format(norm), init=f"i{norm}") for norm in (0.0, 5.0)]
+    gradient = plots.figure_of_curves(group_runs(read_runs(runs))[0]).axes[2]
+    assert gradient.get_yscale() == "log"
+    assert [list(line.get_ydata()) for line in gradient.lines] == [[1e-3], [5.0, 1e-3]]
+
+
+@pytest.mark.parametrize("count", [1, 4, 30])
+def test_legends_fit_into_their_figures(tmp_path, count):
+    dense = _run(tmp_path / "dense", experiment="dense", init="own", method="none", sparsity=0.0, data="$a_{b$.npz")
+    pruned = {"begin_step": None, "power": 3}
+    runs = [_run(tmp_path / str(i), learning_rate=0.01 * (i + 1), init=f"i{i}", pruning=pruned) for i in range(count)]
+    groups, _ = group_runs(read_runs([dense, *runs]))
+    assert not any("None" in label for label in plots.labels(groups))
+    for figure in (plots.figure_of_curves(groups), plots.figure_of_accuracies(groups)):
+        figure.savefig(tmp_path / "drawn.png")
+        box = figure.legends[0].get_window_extent()
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.width and 0 <= box.y0
+        assert all(axes.get_window_extent().height > 200 for axes in figure.axes)
+        looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
+        assert len(looks) >= count + 1
 
 
 def test_reports_are_not_overwritten(seeds, tmp_path):
@@ -178,7 +229,8 @@ def test_runs_with_the_same_layers_share_their_table_and_others_have_their_own(t
     text = report([*same, other])
     assert text.count("conv1") == 2 and f"layers of {same[0]}, {same[1]}\n" in text and f"layers of {other}\n" in text
     seed = _run(tmp_path / "seed", seed=1, table={"rows": [_ROW | {"sparsity": 0.6}]})
-    assert "60.00%" not in report([*same, seed])  # One run of a row shows its layers.
+    for runs in ([*same, seed], [seed, *same]):
+        assert "60.00%" not in report(runs)  # The lowest seed of a row shows its layers.
 
 
 def test_a_directory_of_runs_stands_for_the_runs_in_it(tmp_path):
@@ -201,9 +253,26 @@ def test_what_is_no_finished_run_is_refused(tmp_path):
     (tmp_path / "old" / "summary.json").write_text("{")
     with pytest.raises(ValueError, match="not a run's summary"):
         report([tmp_path / "old"])
+    (tmp_path / "old" / "summary.json").write_text("3")
+    with pytest.raises(ValueError, match="old' lacks 'network'"):
+        report([tmp_path / "old"])
+    for change, name in (
+        ({"early": {}}, "early.step"),
+        ({"table": {}}, "table.rows"),
+        ({"table": {"rows": [{}]}}, "table.rows.shape"),
+    ):
+        with pytest.raises(ValueError, match=f"lacks .*'{name}'"):
+            report([_run(tmp_path / name, **change)])
 
 
-@pytest.mark.parametrize("metrics", ["loss\n0.5\n", "step,loss\n1,half\n", "step,loss\n,\n", "step,loss\n1,2,3\n"])
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        *("loss\n0.5\n", "step,loss\n1,half\n", "step,loss\n,\n", "step,loss\n1,2,3\n", "step,loss\n1,2\n", ""),
+        "step,loss,train_accuracy,test_accuracy\n",
+        "step,loss,train_accuracy,test_accuracy\n2,1,1,1\n2,1,1,1\n",
+    ],
+)
 def test_metrics_that_are_damaged_or_missing_are_named(tmp_path, metrics):
     run = _run(tmp_path / "run", metrics)
     with pytest.raises(ValueError, match="metrics.csv' is damaged"):

@@ -10,7 +10,7 @@ import tensorflow as tf
 from small_jobs import rows_of, small_network, small_settings
 from tensorflow.core.util import event_pb2
 
-from keras_sparse_init import SparseHeNormal
+from keras_sparse_init import SparseHeNormal, compat
 from keras_sparse_init.training import Dense, Job, Prune, Scratch, checkpoints, make_data, mlp, run_dir, train
 from keras_sparse_init.training.optimizers import OPTIMIZERS
 from keras_sparse_init.training.progress import Progress
@@ -84,6 +84,22 @@ def test_batch_normalization_goes_on_with_its_statistics(data, tmp_path, monkeyp
     _check_resumed(data, tmp_path, monkeypatch, Scratch(0.7), network, keras=keras)
 
 
+@pytest.mark.parametrize("keras", ["tf_keras", "keras"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
+def test_half_precision_goes_on_to_the_same(data, tmp_path, monkeypatch, policy, keras):
+    """Kernels are never rounded by an evaluation, and half-precision weights are kept in checkpoints."""
+
+    def network(input_shape, classes):
+        library = compat.library(keras)
+        layers = library.layers
+        dtype = library.mixed_precision.Policy(policy) if keras == "tf_keras" else policy
+        hidden = layers.Dense(20, "relu", dtype=dtype, kernel_initializer=SparseHeNormal(seed=1))
+        last = layers.Dense(classes, dtype="float32", kernel_initializer=SparseHeNormal(seed=2))
+        return library.Sequential([layers.Input(input_shape), layers.Flatten(), hidden, last])
+
+    _check_resumed(data, tmp_path, monkeypatch, Prune(0.8, begin_step=5, end_step=45, frequency=4), network)
+
+
 def test_dropout_of_keras_3_goes_on_with_its_random_state(data, tmp_path, monkeypatch):
     def network(input_shape, classes):
         layers = keras.layers
@@ -91,6 +107,12 @@ def test_dropout_of_keras_3_goes_on_with_its_random_state(data, tmp_path, monkey
         return keras.Sequential([layers.Input(input_shape), layers.Flatten(), layers.Dropout(0.5, seed=2), last])
 
     _check_resumed(data, tmp_path, monkeypatch, Dense(), network)
+
+
+def test_of_many_checkpoints_the_first_and_the_newest_two_are_kept(data, tmp_path):
+    run = _go_on(data, tmp_path)
+    names = sorted(path.name for path in (run.directory / "checkpoints").iterdir())
+    assert names == [f"step-{step:09d}.npz" for step in (0, 80, 90)]
 
 
 def test_a_run_is_not_resumed_in_the_other_keras(data, tmp_path, monkeypatch):

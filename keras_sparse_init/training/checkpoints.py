@@ -32,7 +32,8 @@ def save(directory: Path, model: Any, step: int, **progress: Any) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:09d}.npz"
     temporary = path.with_suffix(".tmp")
-    arrays = {name: compat.to_numpy(name, variable) for name, variable in _variables(model).items()}
+    arrays = {name: _storable(compat.to_numpy(name, variable)) for name, variable in _variables(model).items()}
+    arrays["names"] = np.array(_names(model, plain_variables(model)))
     with temporary.open("wb") as file:
         np.savez(file, **{f"progress/{name}": value for name, value in {"step": step, **progress}.items()}, **arrays)
         file.flush()
@@ -73,6 +74,7 @@ def restore(path: Path, model: Any) -> dict[str, np.ndarray]:
 
     variables = _variables(model)
     arrays = _read(path, "; without it the run goes on from the one before")
+    arrays.pop("names", None)
     progress = {name: arrays.pop(f"progress/{name}") for name in _progress_names(arrays)}
     found = {name: array.shape for name, array in arrays.items()}
     expected = {name: tuple(variable.shape) for name, variable in variables.items()}
@@ -81,6 +83,11 @@ def restore(path: Path, model: Any) -> dict[str, np.ndarray]:
     for name, variable in variables.items():
         compat.assign(variable, arrays[name])
     return progress
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    """An array of the same values in a dtype of NumPy's own: its files know no bfloat16, whose values float32 has."""
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def _read(path: Path, remedy: str = "") -> dict[str, np.ndarray]:
@@ -107,20 +114,36 @@ def weights(path: Path, model: Any) -> list[np.ndarray]:
         model: A built model of either Keras, with masks or without.
 
     Returns:
-        An array for each of `plain_variables(model)`.
+        An array for each of `plain_variables(model)`: that of its name.
 
     Raises:
         ValueError: When the checkpoint is damaged, or of another network.
     """
     arrays = _read(path)
-    found = [arrays[f"model/{number}"] for number in range(sum(name.startswith("model/") for name in arrays))]
-    expected = [tuple(variable.shape) for variable in plain_variables(model)]
-    if [array.shape for array in found] != expected:
+    try:
+        found = {str(name): arrays[f"model/{number}"] for number, name in enumerate(arrays["names"])}
+    except KeyError as error:
+        raise ValueError(f"The checkpoint {str(path)!r} is damaged (it lacks {error})") from error
+    variables = plain_variables(model)
+    names = _names(model, variables)
+    expected = {name: tuple(variable.shape) for name, variable in zip(names, variables, strict=True)}
+    shapes = {name: array.shape for name, array in found.items()}
+    if shapes != expected:
         raise ValueError(
-            f"The checkpoint {str(path)!r} is of another network: its weights have shapes "
-            f"{[array.shape for array in found]}, the model's have {expected}"
+            f"The checkpoint {str(path)!r} is of another network: of {shapes}, where the model has {expected}"
         )
-    return found
+    return [found[name] for name in names]
+
+
+def _names(model: Any, variables: list[Any]) -> list[str]:
+    """A name for each variable that depends neither on the Keras nor on what the process has made before."""
+    from keras_sparse_init import traversal
+
+    names: list[str] = []
+    for variable in variables:
+        _, canonical, _, attribute = traversal.owner_of(model, variable)
+        names.append(traversal.unused("/".join((*canonical, attribute)), set(names)))
+    return names
 
 
 def plain_variables(model: Any) -> list[Any]:

@@ -82,6 +82,8 @@ def load_data(name_or_path: str | os.PathLike[str]) -> Data:
         >>> data.x_train.shape, data.x_test.shape, data.classes
         ((1437, 28, 28, 1), (360, 28, 28, 1), 10)
     """
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(f"`data` must be a Data, a name or the path of an .npz file. Received: data={name_or_path!r}")
     name = os.fspath(name_or_path)
     if name in _DATASETS:
         return _DATASETS[name]()

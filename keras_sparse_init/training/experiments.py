@@ -86,6 +86,8 @@ class Scratch:
                 "Give either `sparsity` or `masks_from`, the other None. "
                 f"Received: sparsity={self.sparsity}, masks_from={self.masks_from!r}"
             )
+        if not isinstance(self.masks_from, str | os.PathLike | None):
+            raise ValueError(f"`masks_from` must be the directory of a run. Received: masks_from={self.masks_from!r}")
         if not isinstance(self.shuffled, bool) or (self.shuffled and self.masks_from is None):
             raise ValueError(f"`shuffled` must be a bool, True only with `masks_from`. Received: {self.shuffled!r}")
 
@@ -104,7 +106,7 @@ class Scratch:
             ValueError: When the sparsity or the method is not a valid one, or the masks are of another network.
             FileNotFoundError: When there are no masks in the run's directory.
         """
-        from keras_sparse_init.sparse_model import reinitialize, set_masks, sparsify
+        from keras_sparse_init.sparse_model import reinitialize, sparsify
         from keras_sparse_init.wrapping import wrap_kernels
 
         if self.masks_from is None:
@@ -116,7 +118,7 @@ class Scratch:
                 for name, mask in masks.items()
             }
         sparse = wrap_kernels(model)
-        set_masks(sparse, masks)
+        _take_masks(sparse, masks)
         reinitialize(sparse, self._initializer(), seed=seed)
         return sparse
 
@@ -131,6 +133,11 @@ class Scratch:
             "experiment": self.name,
             "method": self.method if self.masks_from is None else "shuffled" if self.shuffled else "taken",
             "init": getattr(initializer, "granularity", type(initializer).__name__),
+            "initializer": {
+                name: value
+                for name, value in initializer.get_config().items()
+                if name in ("scale", "mode", "distribution")
+            },
         }
 
     def _initializer(self) -> Any:
@@ -215,9 +222,15 @@ class Prune:
         Raises:
             ValueError: When the schedule does not fit the number of steps.
         """
+        from keras_sparse_init import compat
         from keras_sparse_init.wrapping import wrap_kernels
 
-        return wrap_kernels(model, schedule=self.schedule(steps))
+        pruned = wrap_kernels(model, schedule=self.schedule(steps))
+        if compat.library_of(model) is compat.tf_keras:
+            from keras_sparse_init.tfmot import fix_precision
+
+            fix_precision(pruned)  # Now: each evaluation would round the kernels, too.
+        return pruned
 
     def callbacks(self, model: Any, steps: int) -> list[Any]:
         """The callback that prunes."""
@@ -241,7 +254,8 @@ class Lottery:
     """Trains the lottery ticket of a pruned network: its masks at the end, and its weights of the beginning.
 
     Attributes:
-        pruned_run: The directory of a finished `Prune` run of the same network, in either Keras.
+        pruned_run: The directory of a finished run of the same network with masks, such as `Prune` makes, in either
+            Keras. Layers are told apart by their names and shapes: that they are otherwise the same is yours to see to.
 
     Raises:
         ValueError: When no directory is given.
@@ -274,7 +288,6 @@ class Lottery:
             FileNotFoundError: When the directory holds no finished run.
         """
         from keras_sparse_init import compat
-        from keras_sparse_init.sparse_model import set_masks
         from keras_sparse_init.wrapping import wrap_kernels
 
         masks = run_dir.read_masks(self.pruned_run)
@@ -282,7 +295,7 @@ class Lottery:
         beginning = checkpoints.weights(checkpoints.first(Path(self.pruned_run)), sparse)
         for variable, value in zip(checkpoints.plain_variables(sparse), beginning, strict=True):
             compat.assign(variable, value)
-        set_masks(sparse, masks)
+        _take_masks(sparse, masks)
         return sparse
 
     def callbacks(self, model: Any, steps: int) -> list[Any]:
@@ -297,3 +310,17 @@ class Lottery:
             "init": "beginning",
             "pruned_run": os.fspath(self.pruned_run),
         }
+
+
+def _take_masks(model: Any, masks: dict[str, np.ndarray]) -> None:
+    """Sets the masks of a run, by the names that masks.npz has for them.
+
+    Raises:
+        ValueError: When they are those of another network.
+    """
+    from keras_sparse_init.sparse_model import masked_kernels, set_masks
+
+    names = {kernel.seed_name: kernel.name for kernel in masked_kernels(model)}
+    if names.keys() != masks.keys():
+        raise ValueError(f"The masks are of another network: of {sorted(masks)}, where the model has {sorted(names)}")
+    set_masks(model, {names[name]: mask for name, mask in masks.items()})

@@ -161,5 +161,7 @@ class _Following(compat.Callback):
     def on_train_batch_end(self, batch: int, logs: dict[str, Any]) -> None:
         """Calls the function; versions of Keras differ in which step of an execution `batch` is."""
         assert self.model is not None  # On JAX, to ask for the model is what brings its variables up to date.
+        if missing := [name for name in ("loss", "accuracy") if name not in logs]:
+            raise ValueError(f"The model's `train_step` must return 'loss' and 'accuracy'. It lacks {missing}")
         step = min(self._start + self._begun + self._per_execution, self._steps)
         self._follow(step, {name: float(logs[name]) for name in ("loss", "accuracy")})

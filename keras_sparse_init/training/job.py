@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import inspect
+import json
 import math
 import os
 import platform
@@ -25,6 +26,8 @@ from keras_sparse_init.training.data import Data, load_data
 from keras_sparse_init.training.experiments import Scratch
 from keras_sparse_init.training.networks import LIBRARIES, Library
 from keras_sparse_init.training.optimizers import OPTIMIZERS
+
+_METHODS = ("prepare", "callbacks", "describe")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +114,8 @@ class Job:
             check_choice("keras", keras, LIBRARIES)
         self.data = data if isinstance(data, Data) else load_data(data)
         self.experiment = Scratch(sparsity=0.95) if experiment is None else experiment
+        if isinstance(experiment, type) or not all(hasattr(self.experiment, name) for name in _METHODS):
+            raise TypeError(f"`experiment` must be an experiment such as Scratch(0.9). Received: {experiment!r}")
         self.settings = {
             **{name: int(value) for name, value in counts.items()},
             "optimizer": optimizer,
@@ -125,7 +130,8 @@ class Job:
         network = _network(model, self.data, keras)
         _check_fit(network, self.data)
         self.settings |= {"keras": compat.library_of(network).__name__, "backend": compat.backend_of(network)}
-        self.network, self._has_run = _name(network, model), False
+        self.network, self.directory, self._has_run = _name(network, model), None, False
+        self._architecture = {"parameters": network.count_params(), "architecture": _architecture(network)}
         self.model = self.experiment.prepare(network, seed=self.settings["seed"], steps=self.settings["steps"])
 
     def table(self) -> Any:
@@ -199,7 +205,7 @@ class Job:
                 round(self._final_sparsity(), 3),
                 self.settings["seed"],
             )
-        directory = run_dir.claim(output_dir, self._identity(config))
+        directory = self.directory = run_dir.claim(output_dir, self._identity(config))
         with run_dir.sole_use(directory):
             if config is not None:
                 (directory / "operative_config.gin").write_text(config, encoding="utf-8")
@@ -218,12 +224,14 @@ class Job:
         apply_masks(self.model)  # The last step has moved weights that the next forward pass would have masked.
         test_loss, test_accuracy = fit.evaluate()
         table, norms = self.table(), [row["gradient_norm"] for row in rows]
-        masks = {kernel.name: np.asarray(kernel.mask) != 0 for kernel in masked_kernels(self.model)}
+        # By names that do not depend on what the process has made before: another run may take the masks.
+        masks = {kernel.seed_name: kernel.mask_value() for kernel in masked_kernels(self.model)}
         np.savez_compressed(directory / run_dir.MASKS, **masks)
         plain = strip(self.model)
         plain.save(directory / "model.keras")
         summary = {
             "network": self.network,
+            **self._architecture,
             **self.experiment.describe(),
             "sparsity": table.total.sparsity,
             "data": self.data.name,
@@ -321,9 +329,13 @@ def _network(model: Any, data: Data, keras: str | None) -> Any:
     from keras_sparse_init import compat
 
     if not hasattr(model, "layers"):
+        if not callable(model):
+            raise TypeError(f"`model` must be a Keras model or a function that makes one. Received: model={model!r}")
         told = {"keras": keras or LIBRARIES[0]} if "keras" in inspect.signature(model).parameters else {}
         model = model(data.input_shape, data.classes, **told)
     library = compat.library_of(model).__name__
+    if not model.built:
+        raise ValueError(f"The model {model.name!r} must be built: call it on images first, or give it an input shape")
     if keras is not None and library != keras:
         raise ValueError(f"`keras` must be that of the model, {library!r}. Received: keras={keras!r}")
     return model
@@ -337,12 +349,36 @@ def _name(network: Any, maker: Any) -> str:
     return automatic[1] if maker is network else getattr(maker, "__name__", automatic[1])
 
 
+def _architecture(network: Any) -> str:
+    """A text that two networks share when their layers and these layers' settings are the same but for names and seeds.
+
+    Names count as far as they are not Keras's own, whose numbers depend on what the process has made before.
+    """
+    from keras_sparse_init import traversal
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): plain(v) for key, v in value.items() if key not in ("name", "seed")}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return value if isinstance(value, str | int | float | bool | None) else type(value).__name__
+
+    parts = []
+    for _, canonical, layer in traversal.walk(network):
+        try:
+            config = {} if hasattr(layer, "layers") else layer.get_config()  # Those of a model's layers follow.
+        except NotImplementedError:  # A layer of the user's own need not have one.
+            config = {}
+        parts.append((canonical, type(layer).__name__, plain(config)))
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _check_fit(model: Any, data: Data) -> None:
-    shape = getattr(model, "output_shape", None)  # A model that is not built yet has none to check.
-    if shape is not None and (not isinstance(shape, tuple) or shape[-1] != data.classes):
+    last = model.layers[-1] if getattr(model, "layers", None) else None
+    if type(last).__name__ == "Softmax" or getattr(getattr(last, "activation", None), "__name__", "") == "softmax":
         raise ValueError(
-            f"The model must have one logit for each of the {data.classes} classes of {data.name}. "
-            f"Received: a model with output shape {shape}"
+            f"The model must return logits: the loss takes the softmax itself. Received: a model whose last layer, "
+            f"{last.name!r}, is a softmax"
         )
     taken, given = getattr(model, "input_shape", None), (None, *data.input_shape)
     fits = isinstance(taken, tuple) and len(taken) == len(given)
@@ -351,6 +387,17 @@ def _check_fit(model: Any, data: Data) -> None:
             f"The model must take images of shape {data.input_shape}, those of {data.name}. "
             f"Received: a model with input shape {taken}"
         )
+    # Not what the model says of itself: one that is subclassed says nothing.
+    outputs = model(data.x_train[:1], training=False)
+    shape = getattr(outputs, "shape", None)
+    if shape is None or tuple(shape) != (1, data.classes):
+        found = type(outputs).__name__ if shape is None else f"shape {tuple(shape)}"
+        raise ValueError(
+            f"The model must have one logit for each of the {data.classes} classes of {data.name}. "
+            f"Received: a model whose outputs for one image are of {found}"
+        )
+    if not model.trainable_variables:
+        raise ValueError(f"The model must have trainable weights. Received: the model {model.name!r}, all frozen")
 
 
 def _versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ CURVE_COLUMNS = ("group", "step", "n", *itertools.chain(*((name, f"{name}_error"
 def labels(groups: Sequence[Group]) -> list[str]:
     """A short name for each group: the settings in which it differs from others."""
     names = differing(groups) or ["network", "experiment"]
-    return [", ".join(_said(name, group.settings.get(name)) for name in names) for group in groups]
+    return [_label(group, names) for group in groups]
 
 
 def curves(groups: Sequence[Group]) -> list[list[dict[str, Any]]]:
@@ -50,42 +50,40 @@ def figure_of_curves(groups: Sequence[Group]) -> Any:
     """Test accuracy, loss and gradient norm over the steps: a line for each group, a band of one standard error."""
     figure = _figure(14, 4)
     panels = (("test_accuracy", "test accuracy"), ("loss", "loss"), ("gradient_norm", "norm of the gradient"))
+    lines = curves(groups)
     for axes, (name, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        values = []
-        for rows in curves(groups):
-            rows = [row for row in rows if math.isfinite(row[name])]
+        log = name != "test_accuracy"
+        for i, rows in enumerate(lines):
+            # A log axis has no place for the 0 of a network through which no gradient passes.
+            rows = [row for row in rows if math.isfinite(row[name]) and (row[name] > 0 or not log)]
             if not rows:
                 continue
             steps, means = [row["step"] for row in rows], [row[name] for row in rows]
-            (line,) = axes.plot(steps, means, label=rows[0]["group"])
+            axes.plot(steps, means, label=_literal(rows[0]["group"]), **_style(i), marker="." if len(rows) == 1 else "")
             low, high = zip(*(_band(row[name], row[f"{name}_error"]) for row in rows), strict=True)
-            axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-            values += means
-        if name != "test_accuracy" and values and min(values) > 0:
-            axes.set_yscale("log")
+            axes.fill_between(steps, low, high, color=_style(i)["color"], alpha=0.2, linewidth=0)
+            if log:
+                axes.set_yscale("log")
         axes.set(xlabel="step", title=title)
-    handles, texts = figure.axes[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, texts, loc="outside lower center", ncols=min(len(handles), 4), fontsize="small")
+    _legend(figure)
     return figure
 
 
 def figure_of_accuracies(groups: Sequence[Group]) -> Any:
     """Test accuracy over sparsity, with standard errors: a series for all groups that differ in the sparsity alone."""
-    figure = _figure(6, 4.5)
+    figure = _figure(8, 4.5)
     axes = figure.subplots()
     names = [name for name in differing(groups) if name != "sparsity"] or ["network", "experiment"]
     series: dict[str, list[tuple[float, float, float]]] = {}
     for group in groups:
-        label = ", ".join(_said(name, group.settings.get(name)) for name in names)
-        mean, error = mean_and_error(group.values("test_accuracy"))
-        point = (group.settings["sparsity"], mean, 0.0 if math.isnan(error) else error)
-        series.setdefault(label, []).append(point)
-    for label, points in series.items():
+        # The error of a single run is NaN, which draws no bar: one of length 0 would say that it is known.
+        point = (group.settings["sparsity"], *mean_and_error(group.values("test_accuracy")))
+        series.setdefault(_label(group, names), []).append(point)
+    for i, (label, points) in enumerate(series.items()):
         sparsities, means, errors = zip(*sorted(points), strict=True)
-        axes.errorbar(sparsities, means, errors, marker="o", capsize=3, label=label)
+        axes.errorbar(sparsities, means, errors, marker="o", capsize=3, label=_literal(label), **_style(i))
     axes.set(xlabel="sparsity", title="test accuracy")
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    _legend(figure)
     return figure
 
 
@@ -98,8 +96,36 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _legend(figure: Any) -> None:
+    """Adds a legend below: as many columns as its texts leave room for, and the figure as much higher as it needs."""
+    handles, texts = figure.axes[0].get_legend_handles_labels()
+    if not texts:
+        return
+    width, height = figure.get_size_inches()
+    wide = 0.7 + 0.08 * max(map(len, texts))  # Inches: those of a line and its margins, and of each letter.
+    columns = max(1, min(len(texts), int(width / wide)))
+    figure.set_size_inches(width, height + 0.2 * math.ceil(len(texts) / columns))
+    figure.legend(handles, texts, loc="outside lower center", ncols=columns, fontsize="small")
+
+
+def _style(i: int) -> dict[str, Any]:
+    """Ten colors, then the same with other dashes."""
+    return {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4]}
+
+
+def _literal(text: str) -> str:
+    """Text in which matplotlib sees no formula."""
+    return text.replace("$", r"\$")
+
+
 def _band(mean: float, error: float) -> tuple[float, float]:
     return (mean, mean) if math.isnan(error) else (mean - error, mean + error)
+
+
+def _label(group: Group, names: Sequence[str]) -> str:
+    """The group's values of these settings; those that it has not only when there is nothing else to say."""
+    known = [name for name in names if group.settings.get(name) is not None]
+    return ", ".join(_said(name, group.settings.get(name)) for name in known or names)
 
 
 def _said(name: str, value: Any) -> str:

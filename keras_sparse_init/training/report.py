@@ -32,7 +32,7 @@ def report(directories: Iterable[str | os.PathLike[str]], output_dir: str | os.P
 
     A standard error is s / sqrt(n) over n seeds; a single run has none. The gradient norm is that of the loss over all
     weights that are not masked, at the start and as the mean over the rows of metrics.csv after it; its square is the
-    gradient flow of Evci et al. 2020, arXiv:2010.03533. Below are the layers of the first run of each row; rows with
+    gradient flow of Evci et al. 2020, arXiv:2010.03533. Below are the layers of each row's lowest seed; rows with
     the same layers (same masks) share a table.
 
     Args:
@@ -58,17 +58,24 @@ def report(directories: Iterable[str | os.PathLike[str]], output_dir: str | os.P
         True
     """
     groups, repeated = group_runs(read_runs(directories))
-    common = {name: value for name, value in groups[0].settings.items() if name not in {*differing(groups), *_SHOWN}}
+    unsaid = {*differing(groups), *_SHOWN, "architecture"}
+    common = {name: value for name, value in groups[0].settings.items() if name not in unsaid}
     parts = [f"all with {_said(common)}", _table_of_groups(groups)]
-    parts += [f"{run.path} is left out: it repeats another run, seed and all" for run in repeated]
+    parts += [_left_out(run, same) for run, same in repeated]
     images = sorted({run.summary["test_images"] for group in groups for run in group.runs})
     grain = ", ".join(f"{count} test images (one is {1 / count:.2%})" for count in images)
-    parts.append(f"accuracy is of {grain}; the early one shows how training starts")
-    if any(len(group.runs) > 1 for group in groups):
+    several = any(len(group.runs) > 1 for group in groups)
+    parts.append(
+        f"accuracy is of {grain}; the early one shows how training starts\n"
+        "gradient norm is that of the loss on training images over all weights that are not masked: at initialization "
+        "it is small where the signal dies, later it falls as the network learns"
+    )
+    if several:
         parts[-1] += "\n± is the standard error over seeds"
-    first = [group.runs[0] for group in groups]
+    first = [min(group.runs, key=lambda run: run.summary["seed"]) for group in groups]
     for layers, paths in _same_layers(first):
         title = "layers" if len(paths) == len(first) == 1 else "layers of " + ", ".join(map(str, paths))
+        title += " (the lowest seed of each row)" if several else ""
         parts.append(f"{title}\n{_table_of_layers(layers)}")
     if output_dir is not None:
         _write(groups, Path(output_dir))
@@ -112,7 +119,7 @@ def _table_of_groups(groups: Sequence[Group]) -> str:
     rows = []
     for group in groups:
         s, runs = group.settings, group.runs
-        early = runs[0].summary["early"]["step"]
+        early = _early_step(group)
         rows.append(
             [
                 s["network"],
@@ -121,7 +128,7 @@ def _table_of_groups(groups: Sequence[Group]) -> str:
                 f"{s['sparsity']:.2%}",
                 *(str(s.get(name, "-")) for name in others),
                 _seeds(runs),
-                f"{_with_error(group, 'early_test_accuracy', '.2%')} @{early}",
+                "-" if early is None else f"{_with_error(group, 'early_test_accuracy', '.2%')} @{early}",
                 _with_error(group, "test_accuracy", ".2%"),
                 _with_error(group, "loss", ".4f"),
                 _with_error(group, "gradient_norm_initial", ".3g"),
@@ -138,7 +145,20 @@ def _said(settings: dict[str, Any]) -> str:
 
 
 def _seeds(runs: Sequence[Run]) -> str:
-    return ",".join(str(run.summary["seed"]) for run in runs)
+    return ",".join(map(str, sorted(run.summary["seed"] for run in runs)))
+
+
+def _early_step(group: Group) -> int | None:
+    """The step of the early accuracies; None when they are of different steps and have no mean."""
+    steps = {run.summary["early"]["step"] for run in group.runs}
+    return steps.pop() if len(steps) == 1 else None
+
+
+def _left_out(run: Run, same: Run) -> str:
+    text = f"{run.path} is left out: it has the settings and the seed of {same.path}"
+    if any(run.summary[name] != same.summary[name] for name in ("test_accuracy", "loss")):
+        text += ", though not its numbers; they differ in something that is not compared here"
+    return text
 
 
 def _with_error(group: Group, name: str, form: str) -> str:
@@ -155,16 +175,20 @@ def _write(groups: Sequence[Group], directory: Path) -> None:
     lines, accuracies = plots.figure_of_curves(groups), plots.figure_of_accuracies(groups)
     rows = [row for rows in plots.curves(groups) for row in rows]
     directory.mkdir(parents=True, exist_ok=True)
-    _write_csv(directory / "report.csv", [_raw_row(group) for group in groups])
+    named = zip(plots.labels(groups), groups, strict=True)
+    _write_csv(directory / "report.csv", [_raw_row(label, group) for label, group in named])
     _write_csv(directory / "curves.csv", rows)
     lines.savefig(directory / "curves.png", dpi=120)
     accuracies.savefig(directory / "accuracy.png", dpi=120)
 
 
-def _raw_row(group: Group) -> dict[str, Any]:
-    row: dict[str, Any] = {**group.settings, "runs": len(group.runs), "seeds": _seeds(group.runs)}
+def _raw_row(label: str, group: Group) -> dict[str, Any]:
+    row: dict[str, Any] = {"group": label, **group.settings, "runs": len(group.runs), "seeds": _seeds(group.runs)}
+    row["early_step"] = _early_step(group)
     for name, place in _NUMBERS.items():
         row[name], row[f"{name}_error"] = mean_and_error(group.values(*place))
+    if row["early_step"] is None:
+        row["early_test_accuracy"] = row["early_test_accuracy_error"] = None
     return row
 
 

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,13 +140,16 @@ def read_masks(directory: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
     Raises:
         FileNotFoundError: When the directory holds none.
-        ValueError: When the network of the run was dense.
+        ValueError: When the network of the run was dense, or the file is damaged.
     """
     path = Path(directory) / MASKS
     if not path.is_file():
         raise FileNotFoundError(f"{str(directory)!r} is not the directory of a finished run: it has no {MASKS}")
-    with np.load(path, allow_pickle=False) as archive:
-        masks = dict(archive)
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            masks = dict(archive)
+    except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
     if not masks:
         raise ValueError(f"The network of the run in {str(directory)!r} is dense: it has no masks")
     return masks

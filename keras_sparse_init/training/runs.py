@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -13,11 +14,18 @@ from typing import Any
 from keras_sparse_init.training.run_dir import SUMMARY, read_summary
 
 METRICS = "metrics.csv"
+# Those of every version; newer ones have "gradient_norm" as well.
+_COLUMNS = ("step", "loss", "train_accuracy", "test_accuracy")
 
 # What tells groups apart. A run of an older version may lack some of these, not the first seven.
 _NEEDED = ("network", "data", "experiment", "init", "method", "sparsity", "steps")
 _REPORTED = ("seed", "test_images", "early", "test_accuracy", "loss", "seconds", "table")
-_OPTIONAL = ("batch", "optimizer", "learning_rate", "momentum", "weight_decay", "clip_norm", "keras", "backend")
+_NESTED = {"early": ("step", "test_accuracy"), "table": ("rows",)}
+_OF_LAYERS = ("name", "shape", "sparsity", "fan_in_min", "fan_in_mean", "fan_in_max", "dead_units")
+_OPTIONAL = (
+    *("batch", "optimizer", "learning_rate", "momentum", "weight_decay", "clip_norm", "keras", "backend"),
+    *("parameters", "architecture"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +45,17 @@ class Run:
         summary = self.summary
         found = {name: summary[name] for name in _NEEDED} | {name: summary.get(name) for name in _OPTIONAL}
         found["sparsity"] = round(found["sparsity"], 4)  # Masks of another seed may differ by a weight or two.
-        return found | {f"prune.{name}": value for name, value in summary.get("pruning", {}).items()}
+        for prefix, known in (("prune", "pruning"), ("init", "initializer")):
+            values = summary.get(known) or {}
+            found |= {f"{prefix}.{name}": value for name, value in values.items() if name != "sparsity"}
+        return found
 
     def rows(self) -> list[dict[str, float]]:
         """The rows of its metrics.csv, NaN for what it has not.
 
         Raises:
             FileNotFoundError: When the file is missing.
-            ValueError: When it is not one of numbers with a column "step".
+            ValueError: When it has no rows, lacks a column, has cells that are no numbers, or steps that do not rise.
         """
         path = self.path / METRICS
         if not path.is_file():
@@ -52,9 +63,17 @@ class Run:
         try:
             with path.open(newline="", encoding="utf-8") as file:
                 rows = [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
-            return [row | {"step": int(row["step"])} for row in rows]
-        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            rows = [row | {"step": int(row["step"])} for row in rows]
+        except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
             raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+        if not rows:
+            raise ValueError(f"{str(path)!r} is damaged: it has no rows")
+        if lacking := [name for name in _COLUMNS if name not in rows[0]]:
+            raise ValueError(f"{str(path)!r} is damaged: it has no column {', '.join(map(repr, lacking))}")
+        for before, row in itertools.pairwise(rows):
+            if row["step"] <= before["step"]:
+                raise ValueError(f"{str(path)!r} is damaged: step {row['step']} comes after step {before['step']}")
+        return rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,18 +117,18 @@ def read_runs(directories: Iterable[str | os.PathLike[str]]) -> list[Run]:
         raise ValueError("At least one directory of a finished run must be given")
     runs = [Run(path, read_summary(path)) for path in paths.values()]
     for run in runs:
-        if lacking := [name for name in (*_NEEDED, *_REPORTED) if name not in run.summary]:
+        if lacking := _lacking(run.summary):
             names = ", ".join(map(repr, lacking))
             raise ValueError(f"The summary of {str(run.path)!r} lacks {names}: was it written by another version?")
     return runs
 
 
-def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[Run]]:
+def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[tuple[Run, Run]]]:
     """Puts runs together that differ in the seed alone.
 
     Returns:
-        The groups, in the order of their first runs; and the runs that are in none because an equal one of the same
-        seed is: they are no further evidence.
+        The groups, in the order of their first runs; and the runs that are in none because one of the same settings and
+        seed is, each with that one: they are no further evidence.
     """
     groups: list[Group] = []
     repeated = []
@@ -118,8 +137,8 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[Run]]:
         group = next((group for group in groups if group.settings == settings), None)
         if group is None:
             groups.append(Group(settings, [run]))
-        elif any(other.summary["seed"] == run.summary["seed"] for other in group.runs):
-            repeated.append(run)
+        elif same := [other for other in group.runs if other.summary["seed"] == run.summary["seed"]]:
+            repeated.append((run, same[0]))
         else:
             group.runs.append(run)
     return groups, repeated
@@ -139,8 +158,8 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
 
     Example:
         >>> from keras_sparse_init.training.runs import mean_and_error
-        >>> mean_and_error([1.0, 2.0, 3.0])
-        (2.0, 0.5773502691896258)
+        >>> mean_and_error([1.0, 3.0])
+        (2.0, 1.0)
     """
     known = [value for value in values if not math.isnan(value)]
     if not known:
@@ -150,6 +169,20 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
         return mean, math.nan
     variance = math.fsum((value - mean) ** 2 for value in known) / (len(known) - 1)
     return mean, math.sqrt(variance / len(known))
+
+
+def _lacking(summary: Any) -> list[str]:
+    """What a report needs and the summary does not have."""
+    if not isinstance(summary, dict):
+        return [*_NEEDED, *_REPORTED]
+    lacking = [name for name in (*_NEEDED, *_REPORTED) if name not in summary]
+    for name, parts in _NESTED.items():
+        within = summary.get(name) if isinstance(summary.get(name), dict) else {}
+        lacking += [f"{name}.{part}" for part in parts if name in summary and part not in within]
+    if lacking:
+        return lacking
+    rows = summary["table"]["rows"]
+    return [f"table.rows.{name}" for name in _OF_LAYERS if any(name not in row for row in rows)]
 
 
 def _paths(directory: Path) -> list[Path]:
