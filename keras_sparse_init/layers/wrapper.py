@@ -66,7 +66,9 @@ class KernelWrapper(LayerWrapper):
         kwargs.setdefault("dtype", compat.dtype_policy(layer))
         # Both Kerases look at the arguments of `call`, before the end of `__init__`, for what to pass to it.
         object.__setattr__(self, "call", MethodType(call_with_arguments_of(layer), self))
-        names = positional_names(layer.__call__) or positional_names(layer.call)
+        # The order of a layer's positional arguments is that of its `__call__`, where that names them.
+        names = layer._argument_names if isinstance(layer, KernelWrapper) else []
+        names = names or positional_names(layer.__call__) or positional_names(layer.call)
         object.__setattr__(self, "_argument_names", names)
         super().__init__(layer, **kwargs)
         self.supports_masking = layer.supports_masking
