@@ -1,4 +1,4 @@
-"""What must hold for `Masked` on every backend of Keras 3. Run as a program, prints the failures of KERAS_BACKEND."""
+"""What must hold for `Masked` and `WeightNorm` on every backend. As a program, prints the failures of KERAS_BACKEND."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import warnings
 
 import keras
 import numpy as np
+import weight_norm_checks
 from masked_layers import arguments, data, half, masked_case, number, weights_and_masks
 
 from keras_sparse_init import Masked, SparseHeNormal, masked_kernels, masks, reinitialize, set_masks, sparsity_table
@@ -191,6 +192,8 @@ def check_gradients_of_jax_are_masked():
 
 
 CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}
+# In the same process, whose start takes seconds.
+CHECKS.update(weight_norm_checks.CHECKS)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`Masked` on Keras 3's other backends, in one process each; torch where it is installed."""
+"""`Masked` and `WeightNorm` on Keras 3's other backends, in one process each; torch where it is installed."""
 
 from __future__ import annotations
 
