@@ -297,7 +297,12 @@ def test_a_config_does_what_its_header_says(name, tickets):
         said = f"from step {schedule.begin_step} to {schedule.end_step}, every {schedule.frequency}"
         assert said in "\n".join(header)
     macros = re.findall(r"^([A-Z_]+) =", config, flags=re.MULTILINE)
-    own = {"scratch": ["INIT", "METHOD", "SPARSITY"], "prune": ["SPARSITY"], "lottery": ["PRUNED_RUN"]}
+    own = {
+        "scratch": ["INIT", "METHOD", "SPARSITY"],
+        "prune": ["SPARSITY"],
+        "lottery": ["PRUNED_RUN"],
+        "weight_norm": ["WEIGHT_NORM"],
+    }
     assert macros == sorted(["BATCH", "DATA", "LEARNING_RATE", "SEED", "STEPS", *own.get(experiment, [])])
     assert macros == sorted(re.findall(r"^([A-Z_]+) =", text, flags=re.MULTILINE))
     example = next(line for line in header if "keras-sparse-init train" in line).removeprefix("#")

@@ -143,6 +143,28 @@ def test_both_kerases_train_the_same_weights(data, tmp_path):
 
 
 @pytest.mark.parametrize("keras", ["tf_keras", "keras"])
+@pytest.mark.parametrize("weight_norm", ["reparam", "constraint"])
+def test_networks_with_normalized_weights_are_pruned_and_saved_plain(data, tmp_path, weight_norm, keras):
+    def network(input_shape, classes, keras):
+        return mlp(input_shape, classes, hidden_sizes=(20, 10), weight_norm=weight_norm, seed=0, keras=keras)
+
+    settings = small_settings(keras=keras)
+    pruned = train(network, data, Prune(0.8), output_dir=tmp_path / "pruned", **settings)
+    assert pruned.summary["weight_norm"] == weight_norm and pruned.summary["test_accuracy"] > 0.9
+    saved = compat.library(keras).models.load_model(pruned.directory / "model.keras")
+    for layer, mask in zip(saved.layers[1:], _masks(pruned).values(), strict=True):
+        assert type(layer).__name__ == "Dense"
+        kernel = np.asarray(layer.kernel)
+        np.testing.assert_array_equal(kernel != 0, mask)
+        if weight_norm == "constraint":
+            np.testing.assert_allclose(np.linalg.norm(kernel, axis=0)[mask.any(axis=0)], 1, rtol=1e-4)
+    predicted = np.asarray(saved(data.x_test)).argmax(axis=1)
+    assert np.mean(predicted == data.y_test) == pytest.approx(pruned.summary["test_accuracy"])
+    ticket = train(network, data, Lottery(pruned.directory), output_dir=tmp_path / "ticket", **settings)
+    assert all(map(np.array_equal, _masks(ticket).values(), _masks(pruned).values()))
+
+
+@pytest.mark.parametrize("keras", ["tf_keras", "keras"])
 def test_a_lottery_ticket_has_the_masks_of_the_end_and_the_weights_of_the_beginning(pruned, data, keras):
     """In either Keras, whichever the pruned run was trained in."""
     job = Job(small_network, data, Lottery(pruned.directory), **small_settings(keras=keras, seed=99))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from keras_sparse_init import WeightNorm
 from keras_sparse_init.training.networks import lenet5, mlp
 
 
@@ -58,6 +59,27 @@ def test_a_network_is_the_same_in_both_kerases(make):
     np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("keras", ["tf_keras", "keras"])
+@pytest.mark.parametrize("make", [lenet5, mlp])
+def test_weights_are_normalized_by_reparameterization_or_constraint(make, keras):
+    x = np.random.default_rng(0).normal(size=(4, 16, 16, 1)).astype(np.float32)
+    plain, reparam, constraint = (
+        make((16, 16, 1), 3, seed=7, keras=keras, weight_norm=w) for w in (None, "reparam", "constraint")
+    )
+    np.testing.assert_allclose(np.asarray(reparam(x)), np.asarray(plain(x)), rtol=1e-4, atol=1e-5)
+    names = [layer.name for layer in plain.layers if hasattr(layer, "kernel")]
+    wrapped = {layer.layer.name: layer for layer in reparam.layers if isinstance(layer, WeightNorm)}
+    assert list(wrapped) == names
+    for name in names:
+        kernel = np.asarray(constraint.get_layer(name).kernel)
+        norms = np.linalg.norm(kernel.reshape(-1, kernel.shape[-1]), axis=0)
+        np.testing.assert_allclose(norms, 1, rtol=1e-5)
+        ratio = kernel / np.asarray(plain.get_layer(name).kernel)
+        np.testing.assert_allclose(
+            ratio, np.broadcast_to(ratio.reshape(-1, kernel.shape[-1])[0], ratio.shape), rtol=1e-4
+        )
+
+
 def test_the_seed_determines_the_kernels_and_no_two_of_equal_shape_are_equal():
     first, again, other = (mlp((3, 1, 1), 3, hidden_sizes=(3, 3), seed=seed).get_weights()[::2] for seed in (1, 1, 2))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
@@ -75,6 +97,7 @@ def test_the_seed_determines_the_kernels_and_no_two_of_equal_shape_are_equal():
         (lambda: mlp((28, 28, 1), 10, hidden_sizes=(300, 0)), "`hidden_sizes` must be positive integers"),
         (lambda: mlp((28, 28, 1), 10, hidden_sizes=(30.5,)), "`hidden_sizes` must be positive integers"),
         (lambda: mlp((28, 28, 1), 10, batch_norm=1), "`batch_norm` must be a bool.*batch_norm=1"),
+        (lambda: mlp((28, 28, 1), 10, weight_norm="both"), "`weight_norm` must be one of 'constraint', 'reparam'"),
         (lambda: mlp((28, 28, 1), 10, keras="torch"), "`keras` must be one of 'tf_keras', 'keras'"),
         (lambda: mlp((28, 28, 1), 10, hidden_sizes=()), "`hidden_sizes` must be positive integers"),
     ],

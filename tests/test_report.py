@@ -115,6 +115,12 @@ def test_networks_and_initializers_that_differ_are_no_seeds_of_one_another(tmp_p
     assert lines[5].split()[4] == str(value) != lines[4].split()[4]
 
 
+def test_the_architecture_is_said_only_where_nothing_else_tells_networks_apart(tmp_path):
+    runs = [_run(tmp_path / n, weight_norm=n, architecture=n) for n in ("reparam", "constraint")]
+    header = report(runs).splitlines()[2]
+    assert "weight_norm" in header and "architecture" not in header
+
+
 def test_early_accuracies_of_other_steps_have_no_mean(tmp_path):
     runs = [_run(tmp_path / str(step), seed=step, early={"step": step, "test_accuracy": 0.5}) for step in (10, 100)]
     report(runs, tmp_path / "out")

@@ -131,7 +131,11 @@ class Job:
         _check_fit(network, self.data)
         self.settings |= {"keras": compat.library_of(network).__name__, "backend": compat.backend_of(network)}
         self.network, self.directory, self._has_run = _name(network, model), None, False
-        self._architecture = {"parameters": network.count_params(), "architecture": _architecture(network)}
+        self._architecture = {
+            "weight_norm": _weight_norm(network),
+            "parameters": network.count_params(),
+            "architecture": _architecture(network),
+        }
         self.model = self.experiment.prepare(network, seed=self.settings["seed"], steps=self.settings["steps"])
 
     def table(self) -> Any:
@@ -219,6 +223,7 @@ class Job:
         fit = Fit(self.model, self.data, self.settings, self.experiment.callbacks(self.model, self.settings["steps"]))
         rows, seconds = fit.run(directory)
 
+        from keras_sparse_init.folding import fold_weight_norm
         from keras_sparse_init.sparse_model import apply_masks, masked_kernels, strip
 
         apply_masks(self.model)  # The last step has moved weights that the next forward pass would have masked.
@@ -227,7 +232,7 @@ class Job:
         # By names that do not depend on what the process has made before: another run may take the masks.
         masks = {kernel.seed_name: kernel.mask_value() for kernel in masked_kernels(self.model)}
         np.savez_compressed(directory / run_dir.MASKS, **masks)
-        plain = strip(self.model)
+        plain = fold_weight_norm(strip(self.model))
         plain.save(directory / "model.keras")
         summary = {
             "network": self.network,
@@ -371,6 +376,18 @@ def _architecture(network: Any) -> str:
             config = {}
         parts.append((canonical, type(layer).__name__, plain(config)))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _weight_norm(network: Any) -> str | None:
+    """How a network's weights are normalized: by name as `networks` call it, or None."""
+    from keras_sparse_init import traversal
+    from keras_sparse_init.constraints import WeightNormConstraint
+    from keras_sparse_init.layers import WeightNorm
+
+    if any(isinstance(layer, WeightNorm) for _, _, layer in traversal.walk(network)):
+        return "reparam"
+    constrained = any(isinstance(v.constraint, WeightNormConstraint) for v in network.trainable_variables)
+    return "constraint" if constrained else None
 
 
 def _check_fit(model: Any, data: Data) -> None:

@@ -11,6 +11,7 @@ from keras_sparse_init.arguments import check_choice
 
 Library = Literal["tf_keras", "keras"]
 LIBRARIES = ("tf_keras", "keras")
+WeightNormalization = Literal["constraint", "reparam"] | None
 
 _LENET5_SMALLEST = 16  # Two valid 5x5 convolutions, each followed by a 2x2 pooling, leave 1x1 of it.
 
@@ -21,6 +22,7 @@ def lenet5(
     hidden_sizes: Sequence[int] = (6, 16, 120, 84),
     activation: str = "relu",
     batch_norm: bool = False,
+    weight_norm: WeightNormalization = None,
     seed: int | None = None,
     keras: Library = "tf_keras",
 ) -> Any:
@@ -36,6 +38,8 @@ def lenet5(
         activation: The activation of the hidden layers.
         batch_norm: Whether each hidden layer is followed by batch normalization, before its activation; it has no
             bias then.
+        weight_norm: "constraint": a `WeightNormConstraint` on every kernel, applied once at first (an experiment may
+            draw kernels anew); "reparam": every layer in `WeightNorm`, w = g v / ||v||. None: neither.
         seed: Seed of the kernels; None draws them anew each time.
         keras: The Keras of the model: "tf_keras" or "keras".
 
@@ -58,7 +62,7 @@ def lenet5(
         )
     conv1, conv2, dense1, dense2 = _sizes("hidden_sizes", hidden_sizes, 4)
     (classes,) = _sizes("classes", [classes], 1)
-    make = _Maker(keras, activation, batch_norm, seed, 5)
+    make = _Maker(keras, activation, batch_norm, weight_norm, seed, 5)
     layers = make.layers
     return make.model(
         "lenet5",
@@ -82,6 +86,7 @@ def mlp(
     hidden_sizes: Sequence[int] = (300, 100),
     activation: str = "relu",
     batch_norm: bool = False,
+    weight_norm: WeightNormalization = None,
     seed: int | None = None,
     keras: Library = "tf_keras",
 ) -> Any:
@@ -97,6 +102,8 @@ def mlp(
         activation: The activation of the hidden layers.
         batch_norm: Whether each hidden layer is followed by batch normalization, before its activation; it has no
             bias then.
+        weight_norm: "constraint": a `WeightNormConstraint` on every kernel, applied once at first (an experiment may
+            draw kernels anew); "reparam": every layer in `WeightNorm`, w = g v / ||v||. None: neither.
         seed: Seed of the kernels; None draws them anew each time.
         keras: The Keras of the model: "tf_keras" or "keras".
 
@@ -114,7 +121,7 @@ def mlp(
     shape = _sizes("input_shape", input_shape)
     hidden_sizes = _sizes("hidden_sizes", hidden_sizes)
     (classes,) = _sizes("classes", [classes], 1)
-    make = _Maker(keras, activation, batch_norm, seed, len(hidden_sizes) + 1)
+    make = _Maker(keras, activation, batch_norm, weight_norm, seed, len(hidden_sizes) + 1)
     hidden = [make.hidden(f"dense{i}", make.layers.Dense, size) for i, size in enumerate(hidden_sizes, start=1)]
     return make.model(
         "mlp",
@@ -130,13 +137,18 @@ def mlp(
 class _Maker:
     """Makes the layers of a network, with a seed of its own for each kernel: equal shapes must not start equal."""
 
-    def __init__(self, keras: Any, activation: str, batch_norm: bool, seed: int | None, kernels: int) -> None:
+    def __init__(
+        self, keras: Any, activation: str, batch_norm: bool, weight_norm: Any, seed: int | None, kernels: int
+    ) -> None:
         check_choice("keras", keras, LIBRARIES)
         if not isinstance(batch_norm, bool):
             raise ValueError(f"`batch_norm` must be a bool. Received: batch_norm={batch_norm!r}")
+        if weight_norm is not None:
+            check_choice("weight_norm", weight_norm, ("constraint", "reparam"))
         from keras_sparse_init import compat
 
         self._library, self._activation, self._batch_norm = compat.library(keras), activation, batch_norm
+        self._weight_norm = weight_norm
         self.layers = self._library.layers
         sequence = np.random.SeedSequence(seed)
         self._seeds = iter([None] * kernels if seed is None else sequence.generate_state(kernels, np.uint32).tolist())
@@ -144,25 +156,34 @@ class _Maker:
     def hidden(self, name: str, kind: Any, *sizes: int) -> list[Any]:
         """A layer with a kernel, its activation, and batch normalization between them."""
         if not self._batch_norm:
-            return [kind(*sizes, activation=self._activation, kernel_initializer=self._initializer(), name=name)]
+            return [self._with_kernel(kind, *sizes, activation=self._activation, name=name)]
         return [
-            kind(*sizes, use_bias=False, kernel_initializer=self._initializer(), name=name),
+            self._with_kernel(kind, *sizes, use_bias=False, name=name),
             self.layers.BatchNormalization(name=f"{name}_norm"),
             self.layers.Activation(self._activation, name=f"{name}_activation"),
         ]
 
     def logits(self, classes: int) -> Any:
         """The last layer."""
-        return self.layers.Dense(classes, kernel_initializer=self._initializer(), name="logits")
+        return self._with_kernel(self.layers.Dense, classes, name="logits")
 
     def model(self, name: str, layers: list[Any]) -> Any:
         """The model of the layers."""
-        return self._library.Sequential(layers, name=name)
+        from keras_sparse_init.constraints import apply_constraints
 
-    def _initializer(self) -> Any:
+        model = self._library.Sequential(layers, name=name)
+        apply_constraints(model)
+        return model
+
+    def _with_kernel(self, kind: Any, *sizes: int, **options: Any) -> Any:
+        from keras_sparse_init.constraints import WeightNormConstraint
         from keras_sparse_init.initializers import SparseHeNormal
+        from keras_sparse_init.layers import WeightNorm
 
-        return SparseHeNormal(seed=next(self._seeds))
+        if self._weight_norm == "constraint":
+            options["kernel_constraint"] = WeightNormConstraint()
+        layer = kind(*sizes, kernel_initializer=SparseHeNormal(seed=next(self._seeds)), **options)
+        return WeightNorm(layer) if self._weight_norm == "reparam" else layer
 
 
 def _sizes(name: str, values: Any, length: int | None = None) -> tuple[int, ...]:

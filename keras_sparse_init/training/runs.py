@@ -24,7 +24,7 @@ _NESTED = {"early": ("step", "test_accuracy"), "table": ("rows",)}
 _OF_LAYERS = ("name", "shape", "sparsity", "fan_in_min", "fan_in_mean", "fan_in_max", "dead_units")
 _OPTIONAL = (
     *("batch", "optimizer", "learning_rate", "momentum", "weight_decay", "clip_norm", "keras", "backend"),
-    *("parameters", "architecture"),
+    *("weight_norm", "parameters", "architecture"),
 )
 
 
@@ -146,8 +146,12 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[tuple[Run, Run]]]
 
 def differing(groups: Sequence[Group]) -> list[str]:
     """The names of the settings in which groups differ."""
-    names = dict.fromkeys(name for group in groups for name in group.settings)
-    return [name for name in names if any(g.settings.get(name) != groups[0].settings.get(name) for g in groups)]
+    known = dict.fromkeys(name for group in groups for name in group.settings)
+    names = [name for name in known if any(g.settings.get(name) != groups[0].settings.get(name) for g in groups)]
+    # That of the architecture says nothing to a reader: only where nothing else tells two groups apart.
+    others = [name for name in names if name != "architecture"]
+    apart = {tuple(str(group.settings.get(name)) for name in others) for group in groups}
+    return others if len(apart) == len(groups) else names
 
 
 def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
