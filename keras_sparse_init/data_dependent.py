@@ -28,6 +28,7 @@ def data_dependent_init(model: Any, x: Any) -> None:
         x: A batch of the model's inputs, as the model takes them: an array or a nest of arrays. A few hundred samples.
 
     Raises:
+        TypeError: When `model` is no Keras model or layer.
         ValueError: When there is no such layer, one has no g (`use_scale=False`), is of another type, or is not called.
 
     Warns:
@@ -46,6 +47,7 @@ def data_dependent_init(model: Any, x: Any) -> None:
     Reference:
         Salimans and Kingma 2016, Weight normalization, arXiv:1602.07868, section 3.
     """
+    compat.library_of(model)
     wrappers = [layer for _, _, layer in traversal.walk(model) if isinstance(layer, WeightNorm)]
     if isinstance(model, WeightNorm):
         wrappers.insert(0, model)

@@ -119,6 +119,10 @@ def test_shared_layers_count_all_their_calls_and_order_is_that_of_the_calls(libr
 @BOTH
 def test_what_cannot_be_initialized_is_refused_and_nothing_changed(library):
     L = library.layers
+    with pytest.raises(TypeError, match="Expected a layer or model"):
+        data_dependent_init(5, np.ones((3, 4)))
+    with pytest.raises(ValueError, match="`use_scale` must be a bool.*'no'"):
+        WeightNorm(L.Dense(3), use_scale="no")
     for make, message in (
         (lambda: L.Dense(3), "must have WeightNorm layers"),
         (lambda: WeightNorm(L.Dense(3), use_scale=False), "has no g"),

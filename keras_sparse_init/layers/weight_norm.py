@@ -99,7 +99,9 @@ class WeightNorm(KernelWrapper):
         kwargs.setdefault("name", f"weight_norm_{layer.name}")
         super().__init__(layer, weight_names, **kwargs)
         self.feature_axes = _check_axes(feature_axes)
-        self.use_scale = bool(use_scale)
+        if not isinstance(use_scale, bool):
+            raise ValueError(f"`use_scale` must be a bool. Received: use_scale={use_scale!r}")
+        self.use_scale = use_scale
         self.init_scale = check_positive("init_scale", init_scale)
 
     def effective_weights(self) -> list[Any]:
