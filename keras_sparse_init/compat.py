@@ -356,10 +356,16 @@ def as_read_by(layer: Any, kernel: Any, value: Any) -> Any:
 # By the names of `keras.ops`, which may be those of another backend.
 _TENSORFLOW_OPS = types.SimpleNamespace(
     abs=tf.abs,
+    all=tf.reduce_all,
     cast=tf.cast,
+    cond=tf.cond,
+    logical_and=tf.logical_and,
+    logical_or=tf.logical_or,
     max=tf.reduce_max,
+    ones=tf.ones,
     ones_like=tf.ones_like,
     reshape=tf.reshape,
+    rsqrt=tf.math.rsqrt,
     sqrt=tf.sqrt,
     square=tf.square,
     stop_gradient=tf.stop_gradient,

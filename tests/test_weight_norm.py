@@ -387,6 +387,20 @@ def test_every_way_of_fitting_trains_v_and_g(library, settings):
 
 
 @either_keras
+@pytest.mark.parametrize("built", [True, False], ids=["built", "not built"])
+def test_of_a_frozen_layer_nothing_is_trained(library, built):
+    layer = library.layers.Dense(3, trainable=False)
+    if built:
+        layer.build((None, 5))
+    wrapped = WeightNorm(layer)
+    model = library.Sequential([library.Input((5,)), wrapped, library.layers.Dense(1)])
+    assert shapes(model.trainable_weights) == [(3, 1), (1,)]
+    assert shapes(library.models.clone_model(model).trainable_weights) == [(3, 1), (1,)]
+    wrapped.trainable = True
+    assert len(model.trainable_weights) == 5
+
+
+@either_keras
 def test_inside_other_layers_and_shared(library):
     layers = library.layers
     shared = WeightNorm(layers.Dense(4))

@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_sparse_init import compat, tfmot_wrapper, traversal
 from keras_sparse_init.arguments import check_positive, is_integer
+from keras_sparse_init.layers.normalization import norm, normalized
 from keras_sparse_init.layers.regularization import regularize_effective, release_regularizers
 from keras_sparse_init.layers.wrapper import KernelWrapper, Slot, classes_for_both, layout_of
 from keras_sparse_init.traversal import KernelPlace, MaskWrapper
@@ -40,6 +41,9 @@ class WeightNorm(KernelWrapper):
     A regularizer of the wrapped layer's kernel acts on w. With masks, w = g (m v) / ||m v||: in
     `Masked(WeightNorm(layer))`, `WeightNorm(Masked(layer))` and tfmot's `prune_low_magnitude(WeightNorm(layer))`.
     Changing masks keeps g; drawing v anew, as `reinitialize` does, makes g the new ||m v||: w is what was drawn.
+
+    A layer that is frozen when it is wrapped stays frozen, and g with it. Afterwards freeze the wrapper: `trainable` of
+    the layer inside says nothing of g.
 
     `WeightNorm(layer)` is an instance of a subclass for the Keras of the layer: it is a `keras.layers.Layer` around
     a `keras` layer, a `tf_keras.layers.Layer` around a `tf_keras` layer.
@@ -97,6 +101,7 @@ class WeightNorm(KernelWrapper):
                     "`prune_low_magnitude(WeightNorm(layer))`"
                 )
         kwargs.setdefault("name", f"weight_norm_{layer.name}")
+        kwargs.setdefault("trainable", layer.trainable)
         super().__init__(layer, weight_names, **kwargs)
         self.feature_axes = _check_axes(feature_axes)
         if not isinstance(use_scale, bool):
@@ -198,7 +203,7 @@ class WeightNorm(KernelWrapper):
         def initial(shape: Any, dtype: Any = None) -> Any:
             v = self._masked_inside(slot, compat.own_value(slot.kernel))
             ops = compat.ops_of(v)
-            return ops.cast(ops.reshape(_polar(v, slot.axes)[2], tuple(shape)), dtype)
+            return ops.cast(ops.reshape(norm(v, slot.axes), tuple(shape)), dtype)
 
         return initial
 
@@ -211,12 +216,8 @@ class WeightNorm(KernelWrapper):
 
     def _effective(self, slot: _Slot, kernel: Any) -> Any:
         v = self._masked_inside(slot, compat.own_value(kernel))
-        ops = compat.ops_of(v)
-        direction, inverse, length = _polar(v, slot.axes)
-        if slot.partner is not None:
-            scale = ops.cast(compat.own_value(slot.partner), direction.dtype)
-            inverse = inverse * ops.reshape(scale, tuple(length.shape))
-        return ops.cast(direction * inverse, v.dtype)
+        g = None if slot.partner is None else compat.own_value(slot.partner)
+        return compat.ops_of(v).cast(normalized(v, g, slot.axes), v.dtype)
 
     def _masked_inside(self, slot: _Slot, v: Any) -> Any:
         """The kernel on the mask of a `Masked` inside: weights off it are not to count."""
@@ -250,28 +251,6 @@ def put_folded_values(plain: Any, values: list[np.ndarray | None]) -> None:
     for variable, value in zip(traversal.variables(plain), values, strict=True):
         if value is not None:
             compat.assign(variable, value)
-
-
-def _polar(v: Any, axes: tuple[int, ...]) -> tuple[Any, Any, Any]:
-    """`(direction, inverse, norm)`: v / ||v|| = direction * inverse; both factors are 0 in a unit of zeros.
-
-    In float32 at least; the norm keeps the axes that it is summed over, with length 1.
-    """
-    ops = compat.ops_of(v)
-    wide = "float64" if compat.float_dtype(v.dtype) == "float64" else "float32"
-    summed = tuple(axis for axis in range(len(v.shape)) if axis not in axes)
-    v = ops.cast(v, wide)
-    # Divided by the largest first: the square of 1e-30 would be 0. The result does not depend on that divisor.
-    largest = ops.stop_gradient(ops.max(ops.abs(v), axis=summed, keepdims=True))
-    # Some machines take what is smaller than the smallest normal number for 0 in a division.
-    alive = largest >= np.finfo(wide).tiny
-    ones = ops.ones_like(largest)
-    direction = v / ops.where(alive, largest, ones)
-    squared = ops.sum(ops.square(direction), axis=summed, keepdims=True)
-    # The root of 0 has no gradient, not even where its value is not taken.
-    length = ops.sqrt(ops.where(alive, squared, ones))
-    zeros = ops.zeros_like(largest)
-    return direction, ops.where(alive, ones / length, zeros), ops.where(alive, length * largest, zeros)
 
 
 def _check_axes(axes: Any) -> tuple[int, ...] | None:
