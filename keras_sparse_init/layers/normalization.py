@@ -9,15 +9,12 @@ import tensorflow as tf
 
 from keras_sparse_init import compat
 
-# Squared norms between these are sums that neither overflow nor lose what counts of them to underflow.
-_SAFE = (1e-20, 1e30)
-
 
 def norm(v: Any, axes: tuple[int, ...]) -> Any:
     """||v|| over all axes but `axes`, which it keeps with length 1; in float32 at least."""
     v, summed = _wide(v), _all_but(axes, v)
-    _, divisor, squared = _rescaled(v, summed)
-    return divisor * compat.ops_of(v).sqrt(squared)
+    _, factor, squared = _rescaled(v, summed)
+    return compat.ops_of(v).sqrt(squared) / factor
 
 
 def normalized(v: Any, g: Any, axes: tuple[int, ...]) -> Any:
@@ -43,12 +40,12 @@ def _normalized_in_tensorflow(v: tf.Tensor, g: tf.Tensor, summed: tuple[int, ...
 
     @tf.custom_gradient
     def function(v: tf.Tensor, g: tf.Tensor) -> Any:
-        values, divisor, squared = _rescaled(v, summed)
+        values, factor, squared = _rescaled(v, summed)
         inverse = _inverse_root(squared)
 
         def gradients(dw: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            dg = inverse * tf.reduce_sum(dw * values, summed, keepdims=True)
-            return (dw - values * (dg * inverse)) * (g * inverse / divisor), dg
+            dg = inverse * _sum(dw * values, summed)
+            return (dw - values * (dg * inverse)) * (g * inverse * factor), dg
 
         return values * (g * inverse), gradients
 
@@ -56,34 +53,35 @@ def _normalized_in_tensorflow(v: tf.Tensor, g: tf.Tensor, summed: tuple[int, ...
 
 
 def _rescaled(v: Any, summed: tuple[int, ...]) -> tuple[Any, Any, Any]:
-    """`(v / divisor, divisor, sum of squares of v / divisor)` with a divisor for each unit that makes the sum safe.
+    """`(factor * v, factor, sum of squares of factor * v)`: the square of 1e-30 would be 0, that of 1e30 infinite.
 
-    The divisor is 1 where the squares of v can be summed as they are; so that another unit does not change that. It
-    is no part of what is differentiated: results do not depend on it.
+    The factor brings the largest weight to between 1 and 2. It is a power of 2, so that rounding does not depend on it,
+    and no part of what is differentiated, as results do not either. (So a unit whose weights are all below 1e-19 of the
+    largest of the kernel counts as one of zeros.)
     """
     ops = compat.ops_of(v)
+    largest = ops.stop_gradient(ops.maximum(ops.max(v), -ops.min(v)))
+    limits = np.finfo(compat.numpy_dtype(compat.float_dtype(v.dtype)))
+    # Some machines take what is smaller than the smallest normal number for 0.
+    nonzero = ops.where(largest >= limits.tiny, largest, ops.ones_like(largest))
+    exponent = ops.minimum(ops.floor(ops.log(nonzero) / float(np.log(2.0))), float(limits.maxexp - 2))
+    factor = ops.power(ops.ones_like(largest) * 2.0, -exponent)
+    values = v * factor
+    return values, factor, _sum(ops.square(values), summed)
 
-    def sum_of_squares(values: Any) -> Any:
-        return ops.sum(ops.square(values), axis=summed, keepdims=True)
 
-    squared = sum_of_squares(v)
-    safe = ops.logical_and(squared > _SAFE[0], squared < _SAFE[1])
-    ones = ops.ones_like(squared)
-
-    def divided() -> tuple[Any, Any, Any]:
-        largest = ops.stop_gradient(ops.max(ops.abs(v), axis=summed, keepdims=True))
-        # Some machines take what is smaller than the smallest normal number for 0 in a division.
-        zero = largest < np.finfo(compat.numpy_dtype(compat.float_dtype(v.dtype))).tiny
-        divisor = ops.where(ops.logical_or(safe, zero), ones, largest)
-        return v / divisor, divisor, sum_of_squares(v / divisor)
-
-    return ops.cond(ops.all(safe), lambda: (v, ones, squared), divided)
+def _sum(values: Any, summed: tuple[int, ...]) -> Any:
+    """The sum over axes, which are kept with length 1."""
+    if isinstance(values, tf.Tensor) and summed and summed == tuple(range(len(values.shape) - 1)):
+        # The same as `tf.reduce_sum`, three times as fast on a CPU.
+        return tf.reshape(tf.raw_ops.BiasAddGrad(out_backprop=values), [1] * len(summed) + [values.shape[-1]])
+    return compat.ops_of(values).sum(values, axis=summed, keepdims=True)
 
 
 def _inverse_root(squared: Any) -> Any:
     """1 / sqrt, and 0 of 0: the root of 0 has no gradient, not even where its value is not taken."""
     ops = compat.ops_of(squared)
-    alive = squared > _SAFE[0]
+    alive = squared > 0
     return ops.where(alive, ops.rsqrt(ops.where(alive, squared, ops.ones_like(squared))), ops.zeros_like(squared))
 
 
