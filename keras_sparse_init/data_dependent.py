@@ -29,7 +29,8 @@ def data_dependent_init(model: Any, x: Any) -> None:
 
     Raises:
         TypeError: When `model` is no Keras model or layer.
-        ValueError: When there is no such layer, one has no g (`use_scale=False`), is of another type, or is not called.
+        ValueError: When there is no such layer, one has no g (`use_scale=False`), is of another type, or is not called;
+            when `x` has no samples or gives pre-activations that are not finite.
 
     Warns:
         UserWarning: When a unit's pre-activations are constant on the batch: its g stays as it is.
@@ -54,9 +55,17 @@ def data_dependent_init(model: Any, x: Any) -> None:
     if not wrappers:
         raise ValueError(f"`model` must have WeightNorm layers. Received: the model {model.name!r} without any")
     plain = {id(wrapper): _plain_layer(wrapper) for wrapper in wrappers}
-    order = list(_pre_activations(model, x, list(plain.values())))
+    values = _pre_activations(model, x, list(plain.values()))
+    order = list(values)
     if missing := [layer.name for layer in plain.values() if id(layer) not in order]:
         raise ValueError(f"The model {model.name!r} does not call these layers: {', '.join(missing)}")
+    for layer in plain.values():
+        found = values[id(layer)]
+        if not found.size or not np.isfinite(found).all():
+            raise ValueError(
+                "`x` must have samples, and finite ones. Received: x on which the pre-activations of "
+                f"{layer.name!r} are {'not all finite' if found.size else 'none'}"
+            )
     for wrapper in sorted(wrappers, key=lambda wrapper: order.index(id(plain[id(wrapper)]))):
         layer = plain[id(wrapper)]
         _initialize(wrapper, layer, _pre_activations(model, x, [layer])[id(layer)])
@@ -77,7 +86,8 @@ def _initialize(wrapper: WeightNorm, layer: Any, values: np.ndarray) -> None:
     (slot,) = wrapper._slots
     scale = compat.to_numpy("g", slot.partner).astype(np.float64)
     compat.assign(slot.partner, scale * factor.reshape(scale.shape))
-    if layer.use_bias:
+    # A layer of the user's own need not have `use_bias`.
+    if getattr(layer, "bias", None) is not None:
         bias = compat.to_numpy("bias", layer.bias).astype(np.float64)
         compat.assign(layer.bias, (bias - mean) * factor)
 

@@ -117,6 +117,60 @@ def test_shared_layers_count_all_their_calls_and_order_is_that_of_the_calls(libr
 
 
 @BOTH
+def test_a_shared_layer_gets_its_moments_from_all_its_calls_together(library):
+    L = library.layers
+    shared = WeightNorm(L.Dense(3))
+    a, b = library.Input((4,)), library.Input((4,))
+    model = library.Model([a, b], [shared(a), shared(b)])
+    x = [_RANDOM.normal(mean, std, size=(50, 4)).astype(np.float32) for mean, std in ((0, 1), (5, 3))]
+    data_dependent_init(model, x)
+    parts = [np.asarray(shared(part)) for part in x]
+    outputs = np.concatenate(parts)
+    np.testing.assert_allclose(outputs.mean(axis=0), 0, atol=1e-3)
+    np.testing.assert_allclose(outputs.std(axis=0), 1, rtol=1e-3)
+    assert np.abs(parts[0].mean(axis=0)).max() > 0.01
+
+
+@BOTH
+@pytest.mark.parametrize("bias_name", ["bias", None])
+def test_a_layer_of_the_users_own_needs_no_use_bias(library, bias_name):
+    class Own(library.layers.Layer):
+        activation = None
+
+        def build(self, input_shape):
+            self.kernel = self.add_weight(name="kernel", shape=(input_shape[-1], 3), initializer="glorot_uniform")
+            if bias_name:
+                self.bias = self.add_weight(name="bias", shape=(3,), initializer="zeros")
+            self.built = True
+
+        def call(self, inputs):
+            outputs = inputs @ self.kernel
+            return self.activation(outputs + self.bias if bias_name else outputs)
+
+    own = Own()
+    own.activation = library.activations.linear
+    model = library.Sequential([library.layers.Input((4,)), WeightNorm(own)])
+    x = _RANDOM.normal(3, 2, size=(100, 4)).astype(np.float32)
+    data_dependent_init(model, x)
+    outputs = np.asarray(model.predict(x, verbose=0))
+    np.testing.assert_allclose(outputs.std(axis=0), 1, rtol=1e-3)
+    assert bool(np.abs(outputs.mean(axis=0)).max() < 1e-3) == bool(bias_name)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "x, message", [(np.ones((0, 4)), "'out' are none"), (np.full((2, 4), np.nan), "not all finite")]
+)
+def test_a_batch_without_finite_samples_is_refused_and_nothing_changed(library, x, message):
+    model = library.Sequential([library.layers.Input((4,)), WeightNorm(library.layers.Dense(3, name="out"))])
+    before = [np.array(weight) for weight in model.get_weights()]
+    with pytest.raises(ValueError, match=f"`x` must have samples.*{message}"):
+        data_dependent_init(model, x.astype(np.float32))
+    for weight, expected in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, expected)
+
+
+@BOTH
 def test_what_cannot_be_initialized_is_refused_and_nothing_changed(library):
     L = library.layers
     with pytest.raises(TypeError, match="Expected a layer or model"):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_sparse_init.layers import normalization
 from keras_sparse_init.layers.normalization import norm, normalized
 
 SHAPE = (3, 2, 4)
@@ -73,3 +74,18 @@ def test_norms_are_summed_in_float32_at_least():
     v = tf.constant([[300.0], [400.0]], tf.float16)  # Squares of them are more than float16 has.
     assert norm(v, (1,)).dtype == tf.float32
     np.testing.assert_allclose(norm(v, (1,)), [[500]], rtol=1e-6)
+
+
+def test_the_written_out_gradient_is_that_of_variables_too(monkeypatch):
+    """A cast of a variable to its own dtype gives it back, which is no tensor."""
+    variable, calls = tf.Variable(np.ones((3, 2), np.float32)), []
+    written_out = normalization._normalized_in_tensorflow
+    monkeypatch.setattr(
+        normalization, "_normalized_in_tensorflow", lambda *args: calls.append(args) or written_out(*args)
+    )
+    for function in (normalized, tf.function(normalized, autograph=False)):
+        with tf.GradientTape() as tape:
+            value = tf.reduce_sum(function(variable, None, (1,))[0])
+        gradient = tape.gradient(value, variable)
+        np.testing.assert_allclose(gradient, [[2 / 27**0.5] * 2, *[[-1 / 27**0.5] * 2] * 2], rtol=1e-6)
+    assert len(calls) == 2

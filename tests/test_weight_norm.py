@@ -9,7 +9,7 @@ import tensorflow as tf
 import tf_keras
 from masked_layers import CASES, arguments, data, number, subclassed
 
-from keras_sparse_init import WeightNorm
+from keras_sparse_init import Masked, WeightNorm
 
 either_keras = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
 
@@ -398,6 +398,32 @@ def test_of_a_frozen_layer_nothing_is_trained(library, built):
     assert shapes(library.models.clone_model(model).trainable_weights) == [(3, 1), (1,)]
     wrapped.trainable = True
     assert len(model.trainable_weights) == 5
+
+
+@either_keras
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda L: L.TimeDistributed(L.Dense(3, trainable=False)),
+        lambda L: Masked(L.TimeDistributed(L.Dense(3, trainable=False)), sparsity=0.5, seed=0),
+        lambda L: L.Bidirectional(L.LSTM(3, trainable=False)),
+        lambda L: L.RNN(L.GRUCell(3, trainable=False)),
+    ],
+    ids=["time distributed", "masked", "bidirectional", "cell"],
+)
+def test_of_a_frozen_layer_inside_a_wrapper_nothing_is_trained(library, wrap):
+    model = library.Sequential([library.Input((6, 4)), WeightNorm(wrap(library.layers))])
+    assert model.weights
+    assert not model.trainable_weights
+
+
+@either_keras
+def test_of_a_layer_that_is_frozen_in_part_the_rest_is_trained(library):
+    layers = library.layers
+    parts = WeightNorm(layers.TimeDistributed(library.Sequential([layers.Dense(3, trainable=False), layers.Dense(2)])))
+    parts(tf.constant(data(2, 3, 4)))
+    assert {(3, 2), (2,)} <= set(shapes(parts.trainable_weights))
+    assert (4, 3) not in shapes(parts.trainable_weights)
 
 
 @either_keras

@@ -29,8 +29,9 @@ def normalized(v: Any, g: Any, axes: tuple[int, ...]) -> Any:
     ops = compat.ops_of(v)
     shape = tuple(1 if axis in summed else size for axis, size in enumerate(v.shape))
     g = ops.ones(shape, v.dtype) if g is None else ops.reshape(ops.cast(g, v.dtype), shape)
-    if isinstance(v, tf.Tensor):
-        return _normalized_in_tensorflow(v, g, summed)
+    if isinstance(v, tf.Tensor | tf.Variable):
+        # A variable too: a cast to the dtype that it has gives it back as it is.
+        return _normalized_in_tensorflow(tf.convert_to_tensor(v), g, summed)
     values, _, squared = _rescaled(v, summed)
     return values * (g * _inverse_root(squared))
 

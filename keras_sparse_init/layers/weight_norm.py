@@ -101,7 +101,7 @@ class WeightNorm(KernelWrapper):
                     "`prune_low_magnitude(WeightNorm(layer))`"
                 )
         kwargs.setdefault("name", f"weight_norm_{layer.name}")
-        kwargs.setdefault("trainable", layer.trainable)
+        kwargs.setdefault("trainable", not _is_frozen(layer))
         super().__init__(layer, weight_names, **kwargs)
         self.feature_axes = _check_axes(feature_axes)
         if not isinstance(use_scale, bool):
@@ -251,6 +251,14 @@ def put_folded_values(plain: Any, values: list[np.ndarray | None]) -> None:
     for variable, value in zip(traversal.variables(plain), values, strict=True):
         if value is not None:
             compat.assign(variable, value)
+
+
+def _is_frozen(layer: Any) -> bool:
+    """Whether a layer is frozen, or what is inside it is when it is a wrapper or a loop over a cell."""
+    layers, inside = compat.library_of(layer).layers, []
+    if isinstance(layer, layers.Wrapper | layers.RNN):
+        inside = list(layer._flatten_layers(recursive=False, include_self=False))
+    return not layer.trainable or (bool(inside) and all(map(_is_frozen, inside)))
 
 
 def _check_axes(axes: Any) -> tuple[int, ...] | None:
