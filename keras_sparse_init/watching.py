@@ -52,7 +52,7 @@ def watch(model: Any, layers: Sequence[Any] | None = None, replace: Replace | No
 
     Args:
         model: A built model or layer of either Keras.
-        layers: The layers to watch; None for all.
+        layers: The layers to watch, and operations of functional models in Keras 3; None for all layers.
         replace: A function of (name, call, "pre" or "post", value) that returns what goes on in the place of a value,
             and into the list.
 
@@ -73,12 +73,12 @@ def watch(model: Any, layers: Sequence[Any] | None = None, replace: Replace | No
         >>> [(item.name, float(item.pre[0, 0]), float(item.post[0, 0])) for item in items]
         [('dense', -3.0, 0.0)]
     """
-    places = _places(model)
+    found = places(model)
     if layers is not None:
         wanted = {id(layer) for layer in layers}
-        if missing := [layer.name for layer in layers if id(layer) not in {id(layer) for _, layer in places}]:
+        found = [(name, layer) for name, layer in found + operations(model) if id(layer) in wanted]
+        if missing := [layer.name for layer in layers if id(layer) not in {id(layer) for _, layer in found}]:
             raise ValueError(f"`layers` must be layers below the model {model.name!r}. Not there: {', '.join(missing)}")
-        places = [(name, layer) for name, layer in places if id(layer) in wanted]
     items: list[Watched] = []
     swapped: list[tuple[Any, str, bool, Any]] = []
 
@@ -89,7 +89,10 @@ def watch(model: Any, layers: Sequence[Any] | None = None, replace: Replace | No
 
     trace = compat.current_trace()
     try:
-        for name, layer in places:
+        for _, _, layer in traversal.walk(model):
+            if compat.loops_only_for_safety(layer):
+                swap(layer, "_always_use_reshape", True)
+        for name, layer in found:
             seen = _Seen(name, layer, items, trace, replace)
             method = "call" if getattr(layer, "quantization_mode", None) is None else "quantized_call"
             swap(layer, method, _watched_call(getattr(layer, method), seen))
@@ -118,8 +121,8 @@ def left_as_it_is(model: Any) -> Iterator[None]:
             compat.assign(variable, value)
 
 
-def _places(model: Any) -> list[tuple[str, Any]]:
-    """The layers to watch with unique names: those below a model, a bare layer and those below it."""
+def places(model: Any) -> list[tuple[str, Any]]:
+    """The layers that `watch` can see, with unique names: those below a model; a bare layer and those below it."""
     walked = isinstance(model, compat.library_of(model).Model) or traversal.is_layer_wrapper(model)
     found: list[tuple[str, Any]] = []
     hidden: set[int] = set()
@@ -131,12 +134,23 @@ def _places(model: Any) -> list[tuple[str, Any]]:
     return found
 
 
+def operations(model: Any) -> list[tuple[str, Any]]:
+    """The operations of functional models of Keras 3 that are no layers (`keras.ops.relu`), with their names."""
+    found: list[tuple[str, Any]] = []
+    for path, _, part in [((), (), model), *traversal.walk(model)]:
+        for operation in getattr(part, "operations", None) or ():
+            if not isinstance(operation, compat.keras.layers.Layer):
+                name = "/".join((*path, operation.name))
+                found.append((traversal.unused(name, {name for name, _ in found}), operation))
+    return found
+
+
 class _Seen:
     """Where what is seen of one layer goes."""
 
     def __init__(self, name: str, layer: Any, items: list[Watched], trace: Any, replace: Replace | None):
         self.name, self.layer, self.items, self.trace, self.replace = name, layer, items, trace, replace
-        self.is_activation = isinstance(layer, compat.activation_layers(layer))
+        self.is_activation = isinstance(layer, compat.ACTIVATION_LAYERS + compat.RELU_OPERATIONS)
         self.activated = 0
 
     @property
