@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from keras_sparse_init import compat
@@ -21,25 +22,32 @@ def batches(x: Any, batch_size: int | None) -> Iterator[tuple[int, Any]]:
     Raises:
         ValueError: When there are no samples, or not as many in all arrays, or a dataset never ends.
     """
-    if isinstance(x, tf.data.Dataset):
-        if x.cardinality() == tf.data.INFINITE_CARDINALITY:
-            raise ValueError("`x` must be a dataset that ends. Received: one that repeats forever; see `take`")
-        total = 0
-        for batch in x:
-            inputs = _map(lambda value: compat.to_numpy("x", value), batch[0] if isinstance(batch, tuple) else batch)
-            total += _length(inputs)
-            yield _length(inputs), inputs
-    else:
-        several = isinstance(x, dict) or (isinstance(x, list | tuple) and all(hasattr(part, "shape") for part in x))
-        arrays = _map(lambda value: np.asarray(compat.to_numpy("x", value)), x) if several else compat.to_numpy("x", x)
-        total = _length(arrays)
-        for start in range(0, total, batch_size):
-            yield (
-                min(batch_size, total - start),
-                _map(lambda value, start=start: value[start : start + batch_size], arrays),
-            )
+    total = 0
+    for inputs in _batches_of_dataset(x) if isinstance(x, tf.data.Dataset) else _batches_of_arrays(x, batch_size):
+        size = _length(inputs)
+        total += size
+        if size:
+            yield size, inputs
     if not total:
         raise ValueError("`x` must have samples. Received: none")
+
+
+def _batches_of_dataset(dataset: tf.data.Dataset) -> Iterator[Any]:
+    if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
+        raise ValueError("`x` must be a dataset that ends. Received: one that repeats forever; see its method `take`")
+    for batch in dataset:
+        yield _map(_array, batch[0] if isinstance(batch, tuple) else batch)
+
+
+def _batches_of_arrays(x: Any, batch_size: int) -> Iterator[Any]:
+    several = isinstance(x, dict) or (isinstance(x, list | tuple) and all(hasattr(part, "shape") for part in x))
+    arrays = _map(_array, x) if several else _array(x)
+    for start in range(0, _length(arrays), batch_size):
+        yield _map(lambda values, start=start: values[start : start + batch_size], arrays)
+
+
+def _array(values: Any) -> np.ndarray:
+    return np.asarray(compat.to_numpy("x", values))
 
 
 def _map(function: Callable[[Any], Any], inputs: Any) -> Any:
