@@ -25,6 +25,7 @@ ORDER = (
     "schedules",
     "packing",
     "table",
+    "zero_counts",
     "compat",
     "initializers",
     "matching",
