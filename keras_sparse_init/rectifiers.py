@@ -40,7 +40,7 @@ def _is_relu(layer: Any) -> bool:
     if isinstance(layer, _RELUS):
         # Neither a slope below 0 nor a threshold other than 0.
         return not any(float(getattr(layer, name, None) or 0) for name in ("negative_slope", "threshold"))
-    return _is_relu_function(getattr(layer, "activation", None)) or _is_relu_function(_function_of(layer))
+    return _is_relu_function(vars(layer).get("activation")) or _is_relu_function(function_of(layer))
 
 
 def _is_relu_function(function: Any) -> bool:
@@ -60,7 +60,7 @@ def _is_relu_function(function: Any) -> bool:
     return any(function is relu for relu in known)
 
 
-def _function_of(layer: Any) -> Any:
+def function_of(layer: Any) -> Any:
     """The function of TensorFlow that a functional model of tf_keras calls in a layer made for that, or None."""
     return vars(layer).get("function") if hasattr(layer, "symbol") else None
 
@@ -71,7 +71,7 @@ def _why_not(layer: Any) -> str | None:
     if is_layer and (compat.runs_loop(layer) or hasattr(layer, "state_size")):
         return f"{kind}, activations of gates"
     activation = vars(layer).get("activation")
-    if activation is not None and not compat.is_linear(activation):
+    if callable(activation) and not compat.is_linear(activation):
         # A layer in the place of a function is one of the layers below.
         named = getattr(activation, "__name__", type(activation).__name__)
         return None if isinstance(activation, compat.LAYERS) else f"{kind}, {named}"
@@ -79,7 +79,7 @@ def _why_not(layer: Any) -> str | None:
         return f"{kind} with a slope or a threshold"
     if activation is None and isinstance(layer, compat.ACTIVATION_LAYERS):
         return kind
-    if _function_of(layer) is not None:
+    if function_of(layer) is not None:
         return f"function {layer.symbol}" if str(layer.symbol).startswith("nn.") else None
     if not is_layer:
         return f"function {kind}" if type(layer).__module__ == compat.Relu.__module__ else None

@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras_sparse_init import compat
 from keras_sparse_init.arguments import is_integer
 from keras_sparse_init.batches import batches
-from keras_sparse_init.rectifiers import rectifiers
+from keras_sparse_init.rectifiers import function_of, rectifiers
 from keras_sparse_init.watching import Watched, left_as_it_is, watch
 from keras_sparse_init.zero_counts import ReluZeros, ZeroCounter
 
@@ -65,7 +65,7 @@ def count_relu_zeros(model: Any, x: Any, batch_size: int | None = None) -> ReluZ
     for zeros in relu_zeros(model, x, batch_size):
         counter.add(zeros)
     seen = {name for name, _ in counter.counts}
-    unseen = {name: "never called, or in a loop or branch" for name, _ in found if name not in seen}
+    unseen = {name: "its ReLU is never called, or in a loop or branch" for name, _ in found if name not in seen}
     return counter.result(others | unseen)
 
 
@@ -104,6 +104,8 @@ def relu_zeros(model: Any, x: Any, batch_size: int | None = None) -> Iterator[di
 def _run(model: Any, layers: list[Any], samples: int, inputs: Any) -> dict[tuple[str, int], np.ndarray]:
     with watch(model, layers) as items:
         model(inputs, training=False)
+    # A layer that has a ReLU and does not call it gives its output alone, as functions of TensorFlow do.
+    items = [item for item in items if item.pre is not None or function_of(item.layer) is not None]
     if not items:
         names = ", ".join(layer.name for layer in layers)
         raise ValueError(f"The model {model.name!r} does not call its ReLUs where they can be seen: {names}")

@@ -89,14 +89,14 @@ def watch(model: Any, layers: Sequence[Any] | None = None, replace: Replace | No
 
     trace = compat.current_trace()
     try:
-        for _, _, layer in traversal.walk(model):
+        for layer in model, *(layer for _, _, layer in traversal.walk(model)):
             if compat.loops_only_for_safety(layer):
                 swap(layer, "_always_use_reshape", True)
         for name, layer in found:
             seen = _Seen(name, layer, items, trace, replace)
             method = "call" if getattr(layer, "quantization_mode", None) is None else "quantized_call"
             swap(layer, method, _watched_call(getattr(layer, method), seen))
-            if "activation" in vars(layer) and not seen.is_activation and not hasattr(layer, "state_size"):
+            if seen.has_activation:
                 swap(layer, "activation", _watched_activation(layer.activation, seen))
         yield items
     finally:
@@ -138,7 +138,8 @@ def operations(model: Any) -> list[tuple[str, Any]]:
     """The operations of functional models of Keras 3 that are no layers (`keras.ops.relu`), with their names."""
     found: list[tuple[str, Any]] = []
     for path, _, part in [((), (), model), *traversal.walk(model)]:
-        for operation in getattr(part, "operations", None) or ():
+        is_functional = isinstance(part, compat.keras.Model) and hasattr(part, "operations")
+        for operation in part.operations if is_functional else ():
             if not isinstance(operation, compat.keras.layers.Layer):
                 name = "/".join((*path, operation.name))
                 found.append((traversal.unused(name, {name for name, _ in found}), operation))
@@ -151,6 +152,10 @@ class _Seen:
     def __init__(self, name: str, layer: Any, items: list[Watched], trace: Any, replace: Replace | None):
         self.name, self.layer, self.items, self.trace, self.replace = name, layer, items, trace, replace
         self.is_activation = isinstance(layer, compat.ACTIVATION_LAYERS + compat.RELU_OPERATIONS)
+        activation = vars(layer).get("activation", "")
+        # The activations of cells are those of gates; in a layer of the user's it may be a name.
+        ends_in_one = not self.is_activation and not hasattr(layer, "state_size")
+        self.has_activation = ends_in_one and (activation is None or callable(activation))
         self.activated = 0
 
     @property

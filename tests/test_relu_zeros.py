@@ -269,8 +269,33 @@ def test_what_is_never_called_is_named(library):
     assert list(zeros.per_layer) == ["used"]
     assert zeros.not_counted == {
         "own": "Model, activation functions in its own code are not seen",
-        "unused": "never called, or in a loop or branch",
+        "unused": "its ReLU is never called, or in a loop or branch",
     }
+
+
+@BOTH
+def test_a_relu_that_a_layer_only_hands_on_counts_where_it_is_called(library):
+    L = library.layers
+
+    class Block(L.Layer):
+        def __init__(self, activation):
+            super().__init__(name="block")
+            self.activation = activation
+            self.dense = L.Dense(6, activation, name="dense")
+
+        def build(self, input_shape):
+            self.dense.build(input_shape)
+            self.built = True
+
+        def call(self, inputs):
+            return inputs * 0 - self.dense(inputs)
+
+    for activation in (library.activations.relu, "relu"):
+        block = Block(activation)
+        model = library.Sequential([L.Input((6,)), block])
+        zeros = count_relu_zeros(model, X)
+        assert zeros.per_layer == {"block/dense": np.count_nonzero(number(block.dense(X)) == 0)}
+        assert list(zeros.not_counted) == ["block"]
 
 
 def test_the_report_is_json_and_a_table():
