@@ -11,6 +11,7 @@ import tf_keras
 from tensorflow_model_optimization.sparsity.keras import prune_low_magnitude
 
 from keras_sparse_init import Masked, count_relu_zeros
+from keras_sparse_init.rectifiers import rectifiers
 from keras_sparse_init.relu_zeros import relu_zeros
 
 BOTH = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
@@ -296,6 +297,13 @@ def test_a_relu_that_a_layer_only_hands_on_counts_where_it_is_called(library):
         zeros = count_relu_zeros(model, X)
         assert zeros.per_layer == {"block/dense": np.count_nonzero(number(block.dense(X)) == 0)}
         assert list(zeros.not_counted) == ["block"]
+
+
+@BOTH
+def test_a_relu_of_gates_is_none_of_units(library):
+    L = library.layers
+    model = library.Sequential([L.Input((3, 2)), L.LSTM(4, activation="relu", name="lstm")])
+    assert rectifiers(model) == ([], {"lstm": "LSTM, activations of gates"})
 
 
 def test_the_report_is_json_and_a_table():
