@@ -13,7 +13,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 import tf_keras
-from keras.src.backend import AutocastScope  # Not public anywhere.
+
+# Not public anywhere.
+from keras.src.activations.activations import ReLU
+from keras.src.backend import AutocastScope
+from keras.src.ops.nn import Relu, Relu6
 
 PACKAGE = "keras_sparse_init"
 
@@ -357,6 +361,7 @@ def as_read_by(layer: Any, kernel: Any, value: Any) -> Any:
 _TENSORFLOW_OPS = types.SimpleNamespace(
     abs=tf.abs,
     cast=tf.cast,
+    equal=tf.equal,
     floor=tf.floor,
     log=tf.math.log,
     max=tf.reduce_max,
@@ -395,6 +400,42 @@ def is_variable(value: Any) -> bool:
 def _own_dtype(variable: Any) -> Any:
     name = true_dtype(variable)
     return tf.dtypes.as_dtype(name) if isinstance(variable, tf.Variable) else name
+
+
+LAYERS = (keras.layers.Layer, tf_keras.layers.Layer)
+# The layers of either Keras that put out an activation of their input.
+ACTIVATION_LAYERS = tuple(
+    getattr(library.layers, name)
+    for library in (keras, tf_keras)
+    for name in ("Activation", "ReLU", "LeakyReLU", "PReLU", "ELU", "Softmax", "ThresholdedReLU")
+    if hasattr(library.layers, name)
+)
+# What functions make in functional models of Keras 3: operations that are no layers.
+RELU_OPERATIONS = (Relu, Relu6, ReLU)
+
+
+def is_linear(activation: Any) -> bool:
+    """Whether an activation is the one of either Keras that puts out its very input."""
+    return activation is keras.activations.linear or activation is tf_keras.activations.linear
+
+
+def runs_loop(layer: Any) -> bool:
+    """Whether a layer calls those inside it in a loop over time."""
+    return isinstance(layer, library_of(layer).layers.RNN)
+
+
+def loops_only_for_safety(layer: Any) -> bool:
+    """Whether a layer is tf_keras's TimeDistributed around a layer that tf_keras does not know.
+
+    It runs that in a loop where it knows the number of samples, and on all steps at once where it does not, as in
+    `predict`. `_always_use_reshape` tells it to do the latter.
+    """
+    return isinstance(layer, tf_keras.layers.TimeDistributed) and not getattr(layer.layer, "stateful", False)
+
+
+def current_trace() -> Any:
+    """The graph that TensorFlow is building here, or None: tensors of one have no value in another."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
 def iterations(model: Any) -> int:

@@ -6,6 +6,7 @@ A backend is chosen when Keras is imported, so that test_backends runs the other
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import tempfile
@@ -19,10 +20,11 @@ import tf_keras
 from small_jobs import small_data, small_settings
 
 import keras_sparse_init
-from keras_sparse_init import Masked, SparseHeNormal, SparseScaledInit, masks
+from keras_sparse_init import Masked, SparseHeNormal, SparseScaledInit, count_relu_zeros, masks
 from keras_sparse_init.fans import kernel_layout
 from keras_sparse_init.gradients import gradient_function
 from keras_sparse_init.training import Prune, train
+from keras_sparse_init.watching import watch
 
 MASK = np.random.default_rng(0).random((30, 20)) < 0.3
 
@@ -171,6 +173,41 @@ def check_gradients_are_those_of_the_closed_form():
     error = 2 * (x @ (kernel * MASK) - y) / y.size
     for found, expected in zip(gradients, (x.T @ error * MASK, error.sum(axis=0)), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def check_zeros_of_relus_are_counted():
+    x = np.random.default_rng(0).normal(size=(30, 4)).astype("float32")
+    module = {"jax": "jax.nn", "torch": "torch.nn.functional"}.get(keras.backend.backend())
+    relu = importlib.import_module(module).relu if module else tf.nn.relu
+    layers = [keras.layers.Dense(5, "relu", name="a"), keras.layers.Dense(3, relu, name="b")]
+    model = keras.Sequential([keras.layers.Input((4,)), *layers])
+    zeros = count_relu_zeros(model, x, batch_size=8)
+    outputs = [keras.ops.convert_to_numpy(part) == 0 for part in (layers[0](x), model(x))]
+    for name, expected in zip("ab", outputs, strict=True):
+        np.testing.assert_array_equal(zeros.per_unit[name], expected.sum(axis=0))
+    assert zeros.patterns == len(np.unique(np.concatenate(outputs, axis=1), axis=0))
+
+
+def check_gradients_of_activations_in_jax():
+    """JAX has gradients of arguments alone: a zero is added to each value, and is the argument."""
+    if keras.backend.backend() != "jax":
+        return
+    import jax
+
+    relu = keras.layers.Dense(3, "relu", name="a")
+    model = keras.Sequential([keras.layers.Input((4,)), relu, keras.layers.Dense(1, name="b")])
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype("float32")
+
+    def loss(added):
+        with watch(model, [relu], lambda name, call, kind, value: value + added[kind]) as items:
+            outputs = model(x)
+        return keras.ops.sum(outputs), items[0].pre
+
+    zero = np.zeros((6, 3), "float32")
+    gradients, pre = jax.jit(jax.grad(loss, has_aux=True))({"pre": zero, "post": zero})
+    expected = np.repeat(keras.ops.convert_to_numpy(model.layers[-1].kernel).T, 6, axis=0)
+    np.testing.assert_allclose(gradients["post"], expected, rtol=1e-5)
+    np.testing.assert_allclose(gradients["pre"], expected * (np.asarray(pre) > 0), rtol=1e-5)
 
 
 def check_a_job_prunes_and_a_stopped_one_goes_on_to_the_same_weights():
