@@ -95,7 +95,7 @@ class SignalGrid:
 
     def network_masks(self, mask: Family, sparsity: float, repeat: int) -> list[np.ndarray]:
         """The masks of the layers of a network, in order."""
-        rule = _RULE_OF[mask](sparsity)
+        rule = _RULE_OF[check_choice("mask", mask, FAMILIES)](sparsity)
         seeds = self._seeds(mask, sparsity, repeat)
         return [rule(shape, derive_seed(s, "mask")) for shape, s in zip(SHAPES.values(), seeds, strict=True)]
 
@@ -124,7 +124,7 @@ class SignalGrid:
         return f"signal of {count} LeNet-5 networks at initialization, {self.inputs} inputs N(0, 1), seed {self.seed}"
 
     def _seeds(self, mask: str, sparsity: float, repeat: int) -> list[int]:
-        return [derive_seed(self.seed, f"{mask}/{sparsity}/{repeat}/{layer}") for layer in SHAPES]
+        return [derive_seed(self.seed, f"{mask}/{sparsity:g}/{repeat}/{layer}") for layer in SHAPES]
 
     def _draw(self, init: Granularity, seeds: Sequence[int], drawn: Sequence[np.ndarray]) -> list[np.ndarray]:
         from keras_sparse_init.initializers import SparseScaledInit

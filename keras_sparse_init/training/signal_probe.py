@@ -1,14 +1,15 @@
-"""The signal in many LeNet-5 networks at once: one compiled function, reused by giving it other kernels."""
+"""The signal in many LeNet-5 networks at once: functions compiled once, reused by giving them other kernels."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-# The kernels of LeNet-5 on images of 28x28x3, in order, and the units over which the mean of the deviations is taken.
 INPUT_SHAPE = (28, 28, 3)
+# The kernels of LeNet-5 on images of that shape.
 SHAPES = {
     "conv1": (5, 5, 3, 6),
     "conv2": (5, 5, 6, 16),
@@ -17,18 +18,17 @@ SHAPES = {
     "logits": (84, 10),
 }
 
-_BLOCK = 32  # Images whose convolutions are computed at once: what they need meanwhile stays in the cache.
+_BLOCK = 64  # Images that pass the convolutions at once: more of them leave the cache and take twice as long.
 
 
 class SignalProbe:
     """Standard deviations of the activations of LeNet-5 networks without biases, relu after every layer.
 
-    Each convolution is a matrix product that gives the four places of each pooling window as four blocks of columns
-    or rows, so that pooling is the largest of four arrays. The first one stacks the filters of all networks as its
-    output channels; the later layers are batched over the networks.
+    The filters of the first convolution of all networks are stacked as its output channels; the second is one grouped
+    convolution, with a group for each network; the dense layers are batched over the networks.
 
     Args:
-        inputs: Images of shape (inputs, 28, 28, 3).
+        inputs: Float array of shape (images, 28, 28, 3).
 
     Example:
         >>> import numpy as np
@@ -42,60 +42,60 @@ class SignalProbe:
     def __init__(self, inputs: np.ndarray) -> None:
         import tensorflow as tf
 
-        count = len(inputs)
-        windows = np.lib.stride_tricks.sliding_window_view(inputs.astype(np.float32), (5, 5), axis=(1, 2))
-        # (images, 12, 2, 12, 2, 5, 5, 3): place in the pooled image, place in the pooling window, receptive field.
-        windows = windows.reshape(count, 12, 2, 12, 2, 3, 5, 5).transpose(2, 4, 0, 1, 3, 6, 7, 5)
-        self._patches = tf.constant(windows.reshape(4, count * 144, 75))
-        self._measure = tf.function(self._trace)
+        inputs = np.asarray(inputs, np.float32)
+        self._blocks = [tf.constant(inputs[start : start + _BLOCK]) for start in range(0, len(inputs), _BLOCK)]
 
     def __call__(self, kernels: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Measures networks.
 
         Args:
-            kernels: For each layer of `SHAPES` an array of shape (networks, *shape). Calls with as many networks reuse
-                the compiled function.
+            kernels: For each layer of `SHAPES` an array of shape (networks, *shape).
 
         Returns:
-            Three arrays of shape (networks,): the standard deviation of the outputs over images and units, the mean of
-            the standard deviations over images of the units of dense1, dense2 and logits, and whether all outputs are 0
-            for all images.
+            Three arrays of shape (networks,): the standard deviation of the outputs over images and units, the mean
+            over the units of dense1, dense2 and logits of their standard deviations over images, and whether all
+            outputs are 0 for all images.
         """
-        conv1, conv2, *dense = (np.asarray(kernel, np.float32) for kernel in kernels)
-        conv1 = np.moveaxis(conv1, 0, -2).reshape(75, -1)
-        measured = self._measure(conv1, _row_operator(conv2), *dense)
-        return tuple(value.numpy() for value in measured)
-
-    def _trace(self, conv1: Any, conv2: Any, *dense: Any) -> Any:
         import tensorflow as tf
 
-        networks, images = conv2.shape[0], self._patches.shape[1] // 144
-        parts = []
-        for start in range(0, images, _BLOCK):
-            patches = self._patches[:, start * 144 : (start + _BLOCK) * 144]
-            hidden = tf.nn.relu(tf.reduce_max(tf.matmul(patches, conv1), axis=0))
-            hidden = tf.transpose(tf.reshape(hidden, (-1, 144, networks, 6)), (2, 0, 1, 3))
-            hidden = tf.reshape(hidden, (networks, -1, 12 * 72))
-            block = hidden.shape[1]
-            rows = tf.stack([hidden[:, :, 72 * row : 72 * (row + 5)] for row in range(8)], axis=1)
-            hidden = tf.matmul(tf.reshape(rows, (networks, 8 * block, 360)), conv2)
-            hidden = tf.reduce_max(tf.reshape(hidden, (networks, 4, 2, block, 2, 64)), axis=(2, 4))
-            parts.append(tf.reshape(tf.transpose(tf.nn.relu(hidden), (0, 2, 1, 3)), (networks, block, 256)))
-        hidden, stds = tf.concat(parts, axis=1), []
-        for kernel in dense:
-            hidden = tf.nn.relu(tf.matmul(hidden, kernel))
-            stds.append(tf.math.reduce_std(hidden, axis=1))
-        dead = tf.reduce_all(hidden == 0, axis=(1, 2))
-        return tf.math.reduce_std(hidden, axis=(1, 2)), tf.reduce_mean(tf.concat(stds, axis=1), axis=1), dead
+        convolve, measure = _compiled()
+        conv1, conv2, *dense = (tf.constant(kernel, tf.float32) for kernel in kernels)
+        hidden = tf.concat([convolve(block, conv1, conv2) for block in self._blocks], axis=1)
+        return tuple(value.numpy() for value in measure(hidden, *dense))
 
 
-def _row_operator(kernels: np.ndarray) -> np.ndarray:
-    """The matrices from five rows of 12x6 values to the row of 8x16 that a convolution makes of them.
+@functools.cache
+def _compiled() -> tuple[Any, Any]:
+    """The two halves of the network for any number of images and networks: each is traced once in a process."""
+    import tensorflow as tf
 
-    The columns are ordered by (place in the pooling window, pooled column, filter).
-    """
-    networks = len(kernels)
-    operator = np.zeros((networks, 5, 12, 6, 8, 16), np.float32)
-    for column in range(8):
-        operator[:, :, column : column + 5, :, column] = kernels
-    return operator.reshape(networks, 360, 4, 2, 16).swapaxes(2, 3).reshape(networks, 360, 128)
+    conv1, conv2, *dense = (tf.TensorSpec((None, *shape)) for shape in SHAPES.values())
+    images, hidden = tf.TensorSpec((None, *INPUT_SHAPE)), tf.TensorSpec((None, None, SHAPES["dense1"][0]))
+    convolve = tf.function(_convolve, input_signature=(images, conv1, conv2))
+    return convolve, tf.function(_measure, input_signature=(hidden, *dense))
+
+
+def _convolve(images: Any, conv1: Any, conv2: Any) -> Any:
+    """What the dense layers get, of shape (networks, images, 256)."""
+    import tensorflow as tf
+
+    networks, hidden = tf.shape(conv2)[0], images
+    for kernels in (conv1, conv2):
+        # (5, 5, inputs of one network, networks * filters): all networks read the same images, then each its own.
+        stacked = tf.transpose(kernels, (1, 2, 3, 0, 4))
+        hidden = tf.nn.conv2d(hidden, tf.reshape(stacked, (*kernels.shape[1:4], -1)), strides=1, padding="VALID")
+        hidden = tf.nn.relu(tf.nn.max_pool2d(hidden, ksize=2, strides=2, padding="VALID"))  # As the other way round.
+    hidden = tf.transpose(tf.reshape(hidden, (-1, 16, networks, 16)), (2, 0, 1, 3))
+    return tf.reshape(hidden, (networks, -1, 256))
+
+
+def _measure(hidden: Any, *dense: Any) -> Any:
+    """The standard deviation of the outputs, the mean over units of their standard deviations, and who is dead."""
+    import tensorflow as tf
+
+    stds = []
+    for kernels in dense:
+        hidden = tf.nn.relu(tf.matmul(hidden, kernels))
+        stds.append(tf.math.reduce_std(hidden, axis=1))
+    output_std = tf.math.reduce_std(hidden, axis=(1, 2))
+    return output_std, tf.reduce_mean(tf.concat(stds, axis=1), axis=1), tf.reduce_all(hidden == 0, axis=(1, 2))
