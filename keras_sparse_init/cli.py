@@ -178,9 +178,9 @@ def _signal(arguments: argparse.Namespace) -> int:
         grid, config = make_signal(*config_arguments)
         output_dir = arguments.output_dir or run_dir.default_output_dir("signal", f"seed{grid.seed}")
         directory = run_dir.make_new_dir(output_dir)
-        print(f"{grid}\n", flush=True)
+        print(grid, flush=True)
         result = grid.run()
-        print(result, flush=True)
+        print(f"\n{result}", flush=True)
         lacking = result.write(directory, config)
     except (ValueError, OSError) as error:
         return _fail(error, code=2)

@@ -19,7 +19,14 @@ from keras_sparse_init.fans import KernelLayout, fans, kernel_layout
 from keras_sparse_init.sampling import sample
 
 FALSE_ALARM = 1e-6
-RULES = (masks.Random(0.7), masks.ConstantFanIn(0.7), masks.NM(2, 4), masks.NM(1, 8, axis=-1), masks.Block(0.6, (2, 4)))
+RULES = (
+    masks.Random(0.7),
+    masks.ConstantFanIn(0.7),
+    masks.NM(2, 4),
+    masks.NM(1, 8, axis=-1),
+    masks.Block(0.6, (2, 4)),
+    masks.Heterogeneous(0.7),
+)
 SPARSITIES = (0.0, 0.1, 0.29, 0.5, 0.6, 0.9, 0.98, 0.999999)
 
 
@@ -492,9 +499,9 @@ def test_layouts_must_fit():
 
 
 def test_unknown_rules_are_not_serialized():
-    with pytest.raises(ValueError, match="must be one of Random, ConstantFanIn, NM, Block"):
+    with pytest.raises(ValueError, match="must be one of Random, ConstantFanIn, NM, Block, Heterogeneous"):
         masks.deserialize({"class_name": "Magnitude", "config": {}})
-    with pytest.raises(ValueError, match="must be one of Random, ConstantFanIn, NM, Block"):
+    with pytest.raises(ValueError, match="must be one of Random, ConstantFanIn, NM, Block, Heterogeneous"):
         masks.deserialize("Random")
     with pytest.raises(ValueError, match="`rule` must be an instance of one of Random"):
         masks.serialize(masks.MaskRule())

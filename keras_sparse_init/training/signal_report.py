@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from keras_sparse_init.arguments import check_choice
 from keras_sparse_init.training import plots, run_dir
 from keras_sparse_init.training.report import format_table
 
 Measure = Literal["output_std", "unit_std"]
 _TITLES = {"output_std": "std(output)", "unit_std": "mean(std per unit)"}
 _COLORS = {"dense": "C0", "unit": "C1", "layer": "C2"}
+
+_MOST_TICKS = 6  # Sparsities for whose labels a panel has room.
 
 CONFIG = "operative_config.gin"
 
@@ -84,16 +88,25 @@ class SignalResult:
         """A matplotlib figure of "output_std" or "unit_std" over sparsity on a log axis, a panel for each mask family.
 
         Lines are medians, bands reach from quartile to quartile. Where most networks are dead the median is 0, for
-        which a log axis has no place: the line ends there.
+        which a log axis has no place: the line ends there. Below are the shares of dead networks, of all inits.
+
+        Args:
+            measure: "output_std" or "unit_std".
+
+        Returns:
+            A `matplotlib.figure.Figure`.
 
         Raises:
             ImportError: When matplotlib is not installed.
+            ValueError: When there is no such measure.
         """
+        check_choice("measure", measure, tuple(_TITLES))
         cells, families = self.cells(), self.settings["masks"]
         figure = plots.new_figure(1 + 5 * len(families), 4)
         panels = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
-        # The axis ends at the lowest median: quartiles may be 0.
-        lowest = min((row[f"{measure}_median"] for row in cells if row[f"{measure}_median"] > 0), default=1e-3) / 3
+        # The axis ends below the lowest median: quartiles may be 0.
+        medians = [row[f"{measure}_median"] for row in cells]
+        lowest = min((median for median in medians if median > 0), default=0.1) / 3
         for axes, family in zip(panels, families, strict=True):
             for init in self.settings["inits"]:
                 rows = sorted((r for r in cells if r["mask"] == family and r["init"] == init), key=_sparsity)
@@ -107,21 +120,31 @@ class SignalResult:
             axes.axhline(1, color="gray", linewidth=1, linestyle=":")  # That of the inputs.
             axes.set(xlabel="sparsity", title=f"{_TITLES[measure]}, {family} masks")
             axes.set_yscale("log")
+            if len(self.settings["sparsities"]) <= _MOST_TICKS:
+                dead = {s: self._dead(family, s) for s in self.settings["sparsities"]}
+                axes.set_xticks(list(dead), [f"{s:.1%}\n{share:.0%} dead" for s, share in dead.items()])
         panels[0].set_ylim(bottom=lowest)
         plots.add_legend(figure)
         return figure
 
-    def write(self, directory: Path, config: str | None = None) -> str | None:
+    def _dead(self, family: str, sparsity: float) -> float:
+        """The share of dead networks among those of these masks."""
+        return float(np.mean([n.dead for n in self.networks if (n.mask, n.sparsity) == (family, sparsity)]))
+
+    def write(self, directory: str | os.PathLike[str], config: str | None = None) -> str | None:
         """Writes signal.csv, networks.csv, results.json, output_std.png and unit_std.png, and the config if given.
 
         Args:
-            directory: A directory that holds none of these.
+            directory: A new or empty directory.
             config: The text of operative_config.gin.
 
         Returns:
             Why there are no plots, where matplotlib is not installed; None when there are.
+
+        Raises:
+            FileExistsError: When the directory holds anything.
         """
-        cells = self.cells()
+        directory, cells = run_dir.make_new_dir(directory), self.cells()
         _write_csv(directory / "signal.csv", cells)
         _write_csv(directory / "networks.csv", [dataclasses.asdict(network) for network in self.networks])
         if config is not None:
