@@ -53,6 +53,41 @@ def choose(n: int, columns: int, k: int, seed: Any) -> np.ndarray:
     return mask
 
 
+def choose_largest(limits: np.ndarray, n: int, k: int, seed: Any) -> np.ndarray:
+    """A 0/1 array with ones where the k largest of all values are, those of a column uniform between 0 and its limit.
+
+    Args:
+        limits: The limit of each column, positive floats.
+        n: Entries of a column.
+        k: Ones of the whole array, 1 <= k <= n * columns.
+        seed: Non-negative int.
+
+    Returns:
+        A uint8 array of shape (n, columns).
+
+    Raises:
+        TypeError: When the seed is not an int.
+        ValueError: When the seed is negative.
+
+    Example:
+        >>> import numpy as np
+        >>> from keras_sparse_init.choose import choose_largest
+        >>> choose_largest(np.array([1.0, 1e9]), 4, 4, seed=0).tolist()
+        [[0, 1], [0, 1], [0, 1], [0, 1]]
+    """
+    values = np.empty((n, limits.size))
+
+    def draw(part: slice, rng: np.random.Generator) -> None:
+        rng.random(out=values[part])
+        values[part] *= limits
+
+    parts = _parts(n, limits.size)
+    map_blocks(draw, parts, _generators(seed, len(parts)))
+    mask = np.zeros(values.shape, np.uint8)
+    mask.reshape(-1)[np.argpartition(values.reshape(-1), values.size - k)[values.size - k :]] = 1
+    return mask
+
+
 def _select(mask: np.ndarray, k: int, seed: Any) -> None:
     """Selection sampling: an entry is taken with probability (ones still needed) / (entries left)."""
     n, columns = mask.shape

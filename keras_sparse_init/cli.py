@@ -6,10 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from keras_sparse_init._version import __version__
 
-_DEFAULT_CONFIG = "lenet5/scratch.gin"
+_TRAIN_CONFIG = "lenet5/scratch.gin"
+_SIGNAL_CONFIG = "signal.gin"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="keras-sparse-init", description="Trains and compares sparse networks.")
+    parser = argparse.ArgumentParser(
+        prog="keras-sparse-init", description="Sparse networks: trains, measures, compares."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -40,37 +44,31 @@ def _parser() -> argparse.ArgumentParser:
         epilog='Example: keras-sparse-init train --gin_file mlp/scratch.gin --gin_bindings "SPARSITY=0.9" '
         "--gin_bindings \"INIT='layer'\" --output_dir runs/mine",
     )
-    train.add_argument(
-        "--gin_file",
-        action="append",
-        metavar="FILE",
-        help=f"a config, looked for in the working directory, then among the packaged ones; may be repeated, "
-        f"later ones override (default: {_DEFAULT_CONFIG})",
-    )
-    train.add_argument(
-        "--gin_bindings",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="overrides a value of the config: DATA, STEPS, BATCH, LEARNING_RATE, SEED, where a config has them also "
-        "SPARSITY, METHOD, INIT, PRUNED_RUN, or any parameter, such as train.log_every=50; may be repeated",
-    )
-    train.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="a Python module, looked for in the working directory too, whose functions and classes bindings may name, "
-        "such as train.model=@my_network; may be repeated",
-    )
-    train.add_argument(
-        "--output_dir",
-        metavar="DIR",
-        help="where to write the results: a new or empty directory, or that of the same job, interrupted, which then "
-        "goes on (default: a new directory under runs/)",
+    _add_config_arguments(
+        train,
+        _TRAIN_CONFIG,
+        names="DATA, STEPS, BATCH, LEARNING_RATE, SEED, where a config has them also "
+        "SPARSITY, METHOD, INIT, PRUNED_RUN",
+        example="train.log_every=50",
+        directory="a new or empty directory, or that of the same job, interrupted, which then goes on",
     )
     train.set_defaults(command=_train)
+
+    signal = commands.add_parser(
+        "signal",
+        help="measure how much of the signal reaches the output of sparse networks",
+        description="Measures the standard deviations of activations in sparse LeNet-5 networks at initialization, for "
+        "families of masks, sparsities and ways to scale the kernels; prints a table and writes CSV, JSON and plots.",
+        epilog='Example: keras-sparse-init signal --gin_bindings "REPEATS=10" --output_dir runs/signal',
+    )
+    _add_config_arguments(
+        signal,
+        _SIGNAL_CONFIG,
+        names="MASKS, SPARSITIES, INITS, REPEATS, INPUTS, SEED",
+        example="signal.scale=1.0",
+        directory="a new or empty directory",
+    )
+    signal.set_defaults(command=_signal)
 
     report = commands.add_parser(
         "report",
@@ -89,20 +87,72 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_config_arguments(
+    parser: argparse.ArgumentParser, default: str, *, names: str, example: str, directory: str
+) -> None:
+    """Adds what every command with a config takes: files, bindings, imports, and where to write.
+
+    Args:
+        parser: The command's parser.
+        default: The config that is taken when none is given.
+        names: What stands at the head of the configs.
+        example: A binding of something else.
+        directory: What the output directory may be.
+    """
+    parser.add_argument(
+        "--gin_file",
+        action="append",
+        metavar="FILE",
+        help=f"a config, looked for in the working directory, then among the packaged ones; may be repeated, "
+        f"later ones override (default: {default})",
+    )
+    parser.add_argument(
+        "--gin_bindings",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"overrides a value of the config: {names}, or any parameter, such as {example}; may be repeated",
+    )
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a Python module, looked for in the working directory too, whose functions and classes bindings may name, "
+        "such as train.model=@my_network; may be repeated",
+    )
+    parser.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help=f"where to write the results: {directory} (default: a new directory under runs/)",
+    )
+    parser.set_defaults(default_config=default)
+
+
+def _read_arguments(arguments: argparse.Namespace, check: str) -> tuple[list[Path], list[str], list[str]]:
+    """What the makers in gin_registry take, after refusing what can be refused without TensorFlow, and importing it.
+
+    Args:
+        arguments: Those of a parser with `_add_config_arguments`.
+        check: The function of `run_dir` that refuses an output directory.
+    """
+    from keras_sparse_init.training import run_dir
+    from keras_sparse_init.training.configs import find_config
+
+    files = [find_config(name) for name in arguments.gin_file or [arguments.default_config]]
+    if arguments.output_dir is not None:
+        getattr(run_dir, check)(arguments.output_dir)
+    _import_tensorflow_quietly()
+    return files, arguments.gin_bindings, arguments.imports
+
+
 def _train(arguments: argparse.Namespace) -> int:
     try:
-        # What can be refused without TensorFlow is refused before it is imported.
-        from keras_sparse_init.training.configs import find_config
-
-        files = [find_config(name) for name in arguments.gin_file or [_DEFAULT_CONFIG]]
-        if arguments.output_dir is not None:
-            from keras_sparse_init.training.run_dir import check_output_dir
-
-            check_output_dir(arguments.output_dir)
-        _import_tensorflow_quietly()
+        config_arguments = _read_arguments(arguments, "check_output_dir")
         from keras_sparse_init.training.gin_registry import make_job
 
-        job, config = make_job(files, arguments.gin_bindings, arguments.imports)
+        job, config = make_job(*config_arguments)
     except (ValueError, OSError) as error:
         return _fail(error, code=2)
     print(job, flush=True)
@@ -116,6 +166,25 @@ def _train(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:  # A directory that may not be made, a full disk, a damaged checkpoint.
         return _fail(error, code=2)
     print(f"\n{result.table}\n\ntest accuracy {result.summary['test_accuracy']:.2%}\nresults in {result.directory}")
+    return 0
+
+
+def _signal(arguments: argparse.Namespace) -> int:
+    try:
+        config_arguments = _read_arguments(arguments, "check_new_dir")
+        from keras_sparse_init.training import run_dir
+        from keras_sparse_init.training.gin_registry import make_signal
+
+        grid, config = make_signal(*config_arguments)
+        output_dir = arguments.output_dir or run_dir.default_output_dir("signal", f"seed{grid.seed}")
+        directory = run_dir.make_new_dir(output_dir)
+        print(grid, flush=True)
+        result = grid.run()
+        print(f"\n{result}", flush=True)
+        lacking = result.write(directory, config)
+    except (ValueError, OSError) as error:
+        return _fail(error, code=2)
+    print(f"\nresults in {directory}" if lacking is None else f"\nresults in {directory}, without plots: {lacking}")
     return 0
 
 

@@ -1,9 +1,9 @@
 """Sparsity masks: which weights of a kernel exist.
 
 A rule is a small serializable object that is called as `rule(shape, seed)` and returns a uint8 array of zeros and
-ones; the functions do the same without an object. All of them arrange what `choose` picks: exactly k of n entries,
-uniformly. `layer_sparsities` says how sparse each layer of a network is to be. Everything is NumPy; no Keras is
-imported.
+ones; the functions do the same without an object. They arrange what `choose` picks: exactly k of n entries, uniformly
+but for `heterogeneous_mask`. `layer_sparsities` says how sparse each layer of a network is to be. Everything is NumPy;
+no Keras is imported.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from keras_sparse_init.arguments import check_sparsity
-from keras_sparse_init.choose import choose
+from keras_sparse_init.choose import choose, choose_largest
 from keras_sparse_init.densities import SparsityMethod, layer_sparsities
 from keras_sparse_init.fans import check_shape, kernel_layout
 
 __all__ = [
     "Block",
     "ConstantFanIn",
+    "Heterogeneous",
     "MaskRule",
     "NM",
     "Random",
@@ -31,6 +32,7 @@ __all__ = [
     "constant_fan_in_mask",
     "deserialize",
     "draw",
+    "heterogeneous_mask",
     "layer_sparsities",
     "nm_mask",
     "random_mask",
@@ -213,6 +215,47 @@ def block_mask(shape: Any, sparsity: float, block_size: int | tuple[int, ...], s
     return mask
 
 
+def heterogeneous_mask(shape: Any, sparsity: float, seed: int, kernel_layout: Any = None) -> np.ndarray:
+    """A mask whose units differ much in their number of inputs, with exactly floor(sparsity * size) zeros.
+
+    Each weight gets a value, those of unit j = 0, 1, ... uniform between 0 and j + 1, and the largest are kept. With
+    many units and inputs the first of them, a fraction r with 1 - r + r ln(r) = 1 - sparsity, have no input at all (44%
+    at sparsity 0.8, 81% at 0.98), and the fan-in of the others rises to a fraction 1 - r of all inputs. A hard case for
+    initializations, not a mask to train with.
+
+    Args:
+        shape: The kernel's shape.
+        sparsity: Fraction of zeros of the whole kernel, in [0, 1).
+        seed: Non-negative int.
+        kernel_layout: A `KernelLayout`, a layout name or a layer; None for Keras's convention by rank. It says what a
+            unit is, as in `constant_fan_in_mask`.
+
+    Returns:
+        A uint8 array of 0 and 1.
+
+    Raises:
+        TypeError: When the seed is not an int.
+        ValueError: When the sparsity, the shape or the seed is out of range, or the layout does not fit the shape.
+
+    Example:
+        >>> from keras_sparse_init import masks
+        >>> masks.heterogeneous_mask((100, 8), 0.8, seed=0).sum(axis=0).tolist()
+        [0, 0, 0, 0, 20, 38, 49, 53]
+
+    Reference:
+        The masks of the signal propagation notebook of Evci et al. 2020, Gradient Flow in Sparse Neural Networks and
+        How Lottery Tickets Win, arXiv:2010.03533, which keeps one weight less.
+    """
+    shape, sparsity = check_shape(shape), check_sparsity(sparsity)
+    layout = _kernel_layout(kernel_layout, shape)
+    axes = layout.fan_in_axes + layout.output_axes
+    inputs, size = math.prod(shape[axis] for axis in layout.fan_in_axes), math.prod(shape)
+    limits = np.arange(1.0, size // inputs + 1)
+    mask = choose_largest(limits, inputs, size - math.floor(sparsity * size), seed)
+    mask = mask.reshape([shape[axis] for axis in axes]).transpose(np.argsort(axes))
+    return np.ascontiguousarray(mask).reshape(shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class MaskRule:
     """What the mask rules have in common: an immutable, comparable, serializable function of shape and seed.
@@ -383,7 +426,34 @@ class Block(MaskRule):
         return block_mask(shape, self.sparsity, self.block_size, seed)
 
 
-_RULES = {rule.__name__: rule for rule in (Random, ConstantFanIn, NM, Block)}
+@dataclasses.dataclass(frozen=True)
+class Heterogeneous(MaskRule):
+    """Units that differ much in their number of inputs, many without any; see `heterogeneous_mask`.
+
+    Args:
+        sparsity: Fraction of zeros of the whole kernel, in [0, 1).
+
+    Raises:
+        ValueError: When the sparsity is not in [0, 1).
+
+    Example:
+        >>> from keras_sparse_init import masks
+        >>> mask = masks.Heterogeneous(0.8)((256, 120), seed=0)
+        >>> int(mask.sum()), int((mask.sum(axis=0) == 0).sum())
+        (6144, 53)
+    """
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        self._set(sparsity=check_sparsity(self.sparsity))
+
+    def __call__(self, shape: Any, seed: int, kernel_layout: Any = None) -> np.ndarray:
+        """The mask of a kernel of this shape."""
+        return heterogeneous_mask(shape, self.sparsity, seed, kernel_layout)
+
+
+_RULES = {rule.__name__: rule for rule in (Random, ConstantFanIn, NM, Block, Heterogeneous)}
 
 
 def draw(rule: Any, shape: tuple[int, ...], seed: int, kernel_layout: Any) -> Any:

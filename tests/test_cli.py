@@ -21,7 +21,7 @@ from keras_sparse_init.training.configs import config_root, find_config
 from keras_sparse_init.training.gin_registry import make_job
 from keras_sparse_init.training.networks import lenet5
 
-_CONFIGS = sorted(path.relative_to(config_root()).as_posix() for path in config_root().rglob("*.gin"))
+_CONFIGS = sorted(path.relative_to(config_root()).as_posix() for path in config_root().glob("*/*.gin"))
 
 
 def _python(*arguments, cwd):
@@ -49,7 +49,7 @@ def test_help_imports_neither_tensorflow_nor_gin_nor_numpy(tmp_path):
     script = """
 import sys
 from keras_sparse_init.cli import main
-for arguments in (["--help"], ["train", "--help"], ["report", "--help"], ["--version"]):
+for arguments in (["--help"], ["train", "--help"], ["signal", "--help"], ["report", "--help"], ["--version"]):
     try:
         main(arguments)
     except SystemExit as exit:

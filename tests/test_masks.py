@@ -19,7 +19,14 @@ from keras_sparse_init.fans import KernelLayout, fans, kernel_layout
 from keras_sparse_init.sampling import sample
 
 FALSE_ALARM = 1e-6
-RULES = (masks.Random(0.7), masks.ConstantFanIn(0.7), masks.NM(2, 4), masks.NM(1, 8, axis=-1), masks.Block(0.6, (2, 4)))
+RULES = (
+    masks.Random(0.7),
+    masks.ConstantFanIn(0.7),
+    masks.NM(2, 4),
+    masks.NM(1, 8, axis=-1),
+    masks.Block(0.6, (2, 4)),
+    masks.Heterogeneous(0.7),
+)
 SPARSITIES = (0.0, 0.1, 0.29, 0.5, 0.6, 0.9, 0.98, 0.999999)
 
 
@@ -291,6 +298,63 @@ def test_masks_share_no_random_words_with_kernels_drawn_from_the_same_seed():
         assert abs(drawn[kept].mean() - drawn[~kept].mean()) < normal_bound(5) * error
 
 
+# Heterogeneous masks
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize(("layout", "shape"), LAYOUTS, ids=str)
+def test_heterogeneous_masks_have_the_exact_count(layout, shape, sparsity):
+    mask = masks.heterogeneous_mask(shape, sparsity, 3, layout)
+    assert mask.shape == shape and mask.dtype == np.uint8 and mask.flags.c_contiguous
+    assert (mask == 0).sum() == math.floor(sparsity * mask.size) and set(np.unique(mask)) <= {0, 1}
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.98])
+def test_the_fan_in_of_a_heterogeneous_unit_rises_with_its_index_as_its_law_says(sparsity):
+    """The threshold t is that of which sum_j max(0, 1 - t / (j + 1)) = (1 - sparsity) * units."""
+    inputs, units = 100_000, 12
+    fan_in = masks.heterogeneous_mask((inputs, units), sparsity, 0).sum(axis=0)
+    low, high = 0.0, float(units)
+    for _ in range(60):
+        middle = (low + high) / 2
+        kept = np.maximum(0, 1 - middle / np.arange(1, units + 1))
+        low, high = (middle, high) if kept.sum() > (1 - sparsity) * units else (low, middle)
+    # Each is Binomial(inputs, kept_j) but for the threshold, which the total fixes: that only narrows the spread.
+    errors = np.abs(fan_in - inputs * kept)
+    assert np.all(
+        errors <= normal_bound(units) * np.sqrt(inputs * kept * (1 - kept)) + normal_bound() * 100 * (kept > 0)
+    )
+    assert np.all(fan_in[kept == 0] <= normal_bound() * 100)
+
+
+def test_as_many_units_have_no_input_as_in_the_notebook_of_the_paper():
+    """Of the units of LeNet-5, 44% at sparsity 0.8, 81% at 0.98; for wide layers 1 - r + r ln(r) = 1 - sparsity."""
+    shapes = ((5, 5, 3, 6), (5, 5, 6, 16), (256, 120), (120, 84), (84, 10))
+    for sparsity, expected in ((0.8, 0.44), (0.98, 0.81)):
+        drawn = [masks.heterogeneous_mask(shape, sparsity, seed) for shape in shapes for seed in range(20)]
+        dead = np.concatenate([mask.reshape(-1, mask.shape[-1]).sum(axis=0) == 0 for mask in drawn])
+        assert np.mean(dead) == pytest.approx(expected, abs=0.01)
+        r = np.mean(masks.heterogeneous_mask((1000, 1000), sparsity, 0).sum(axis=0) == 0)
+        assert 1 - r + r * math.log(r) == pytest.approx(1 - sparsity, abs=0.004)
+
+
+def test_the_inputs_of_a_heterogeneous_unit_bear_the_marks_of_the_uniform_law():
+    last = np.stack([masks.heterogeneous_mask((200, 3), 0.6, seed)[:, 2] for seed in range(1500)])
+    by_count = {int(k): last[last.sum(axis=1) == k] for k in np.unique(last.sum(axis=1))}
+    k, draws = max(by_count.items(), key=lambda item: len(item[1]))
+    assert len(draws) > 50 and violations(draws, k) == []
+
+
+def test_the_units_of_a_heterogeneous_mask_are_those_of_the_layout():
+    mask = masks.heterogeneous_mask((3, 3, 16, 32), 0.8, 0, "conv_transpose")
+    by_unit = mask.sum(axis=(0, 1, 3))
+    assert by_unit[0] == 0 and by_unit[-1] > 2 * mask.size / 16 * 0.2
+    by_input = mask.sum(axis=(0, 1, 2))
+    assert by_input.min() > 0
+    depthwise = masks.heterogeneous_mask((9, 9, 4, 2), 0.8, 0, "depthwise").sum(axis=(0, 1)).reshape(-1)
+    assert depthwise[0] == 0 and np.all(np.diff(depthwise[-4:]) > -20) and depthwise[-1] > 2 * 81 * 0.2 * 0.8
+
+
 # Rules of one's own
 
 
@@ -380,6 +444,7 @@ def test_rules_equal_their_functions():
         (masks.NM(2, 8), masks.nm_mask(shape, 2, 8, 9, "input", "conv_transpose")),
         (masks.NM(2, 8, axis=2), masks.nm_mask(shape, 2, 8, 9, 2)),
         (masks.Block(0.8, (16, 4)), masks.block_mask(shape, 0.8, (16, 4), 9)),
+        (masks.Heterogeneous(0.8), masks.heterogeneous_mask(shape, 0.8, 9, "conv_transpose")),
     ]:
         np.testing.assert_array_equal(rule(shape, 9, "conv_transpose"), mask)
         np.testing.assert_array_equal(rule(shape, 9, kernel_layout("conv_transpose", shape)), mask)
@@ -389,6 +454,7 @@ def test_the_same_rule_at_another_sparsity():
     assert masks.Random(0.1).with_sparsity(0.9) == masks.Random(0.9)
     assert masks.ConstantFanIn(0.1).with_sparsity(0.9) == masks.ConstantFanIn(0.9)
     assert masks.Block(0.1, 4).with_sparsity(0.9) == masks.Block(0.9, (4, 4))
+    assert masks.Heterogeneous(0.1).with_sparsity(0.9) == masks.Heterogeneous(0.9)
     assert masks.NM(2, 4, axis=1).with_sparsity(0.75) == masks.NM(1, 4, axis=1)
     assert masks.NM(2, 4).with_sparsity(0.99) == masks.NM(1, 4)
     assert masks.NM(2, 4).with_sparsity(0) == masks.NM(4, 4)
@@ -423,6 +489,8 @@ def test_numpy_arguments_become_python_numbers():
         lambda sparsity: masks.random_mask((4, 4), sparsity, 0),
         lambda sparsity: masks.constant_fan_in_mask((4, 4), sparsity, 0),
         lambda sparsity: masks.block_mask((4, 4), sparsity, 2, 0),
+        masks.Heterogeneous,
+        lambda sparsity: masks.heterogeneous_mask((4, 4), sparsity, 0),
         lambda sparsity: masks.layer_sparsities({"a": (4, 4)}, sparsity),
     ],
 )
@@ -492,9 +560,9 @@ def test_layouts_must_fit():
 
 
 def test_unknown_rules_are_not_serialized():
-    with pytest.raises(ValueError, match="must be one of Random, ConstantFanIn, NM, Block"):
+    with pytest.raises(ValueError, match="must be one of Random, ConstantFanIn, NM, Block, Heterogeneous"):
         masks.deserialize({"class_name": "Magnitude", "config": {}})
-    with pytest.raises(ValueError, match="must be one of Random, ConstantFanIn, NM, Block"):
+    with pytest.raises(ValueError, match="must be one of Random, ConstantFanIn, NM, Block, Heterogeneous"):
         masks.deserialize("Random")
     with pytest.raises(ValueError, match="`rule` must be an instance of one of Random"):
         masks.serialize(masks.MaskRule())

@@ -15,6 +15,7 @@ _MODULE_OF = {
     "Lottery": "experiments",
     "Prune": "experiments",
     "Scratch": "experiments",
+    "SignalGrid": "signal_grid",
     "Job": "job",
     "TrainResult": "job",
     "train": "job",

@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gin
 
@@ -23,11 +24,13 @@ from keras_sparse_init.training.configs import config_root
 from keras_sparse_init.training.experiments import Dense, Lottery, Prune, Scratch
 from keras_sparse_init.training.job import Job
 from keras_sparse_init.training.networks import lenet5, mlp
+from keras_sparse_init.training.signal_grid import SignalGrid
 
 _MODULE = "keras_sparse_init"
 
 # What the configs call `train` is the making of the job: running it takes no configuration.
 _train = gin.external_configurable(Job, name="train", module=_MODULE)
+_signal = gin.external_configurable(SignalGrid, name="signal", module=_MODULE)
 gin.external_configurable(Dense, name="dense", module=_MODULE)
 gin.external_configurable(Lottery, name="lottery", module=_MODULE)
 gin.external_configurable(Prune, name="prune", module=_MODULE)
@@ -56,13 +59,26 @@ def make_job(files: Sequence[str | Path], bindings: Sequence[str] = (), imports:
         ValueError: When a binding is unknown or its value is not valid. Messages are single lines.
         FileNotFoundError: When the data file is missing.
     """
+    return _make(_train, files, bindings, imports)
+
+
+def make_signal(
+    files: Sequence[str | Path], bindings: Sequence[str] = (), imports: Sequence[str] = ()
+) -> tuple[SignalGrid, str]:
+    """Makes the signal-propagation experiment that gin files and bindings describe; all else is as in `make_job`."""
+    return _make(_signal, files, bindings, imports)
+
+
+def _make(
+    configurable: Any, files: Sequence[str | Path], bindings: Sequence[str], imports: Sequence[str]
+) -> tuple[Any, str]:
     gin.clear_config()
     try:
         for name in imports:
             _register_module(name)
         _parse(files, bindings)
         _check_macros(files)
-        return _train(), gin.operative_config_str()
+        return configurable(), gin.operative_config_str()
     except (ValueError, TypeError, OSError, ImportError, SyntaxError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(_one_line(error)) from error

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import inspect
 import json
 import math
 import os
-import platform
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from keras_sparse_init._version import __version__
 from keras_sparse_init.arguments import check_choice, is_integer
 from keras_sparse_init.training import run_dir
 from keras_sparse_init.training.data import Data, load_data
@@ -206,8 +203,8 @@ class Job:
                 self.network,
                 described["experiment"],
                 described["init"],
-                round(self._final_sparsity(), 3),
-                self.settings["seed"],
+                f"{round(self._final_sparsity(), 3):g}",
+                f"seed{self.settings['seed']}",
             )
         directory = self.directory = run_dir.claim(output_dir, self._identity(config))
         with run_dir.sole_use(directory):
@@ -250,7 +247,7 @@ class Job:
             **self.settings,
             "seconds": round(seconds, 2),
             "table": table.to_dict(),
-            "versions": _versions(),
+            "versions": run_dir.versions(),
         }
         run_dir.write_summary(directory, summary)
         return TrainResult(directory, plain, table, summary)
@@ -415,16 +412,3 @@ def _check_fit(model: Any, data: Data) -> None:
         )
     if not model.trainable_variables:
         raise ValueError(f"The model must have trainable weights. Received: the model {model.name!r}, all frozen")
-
-
-def _versions() -> dict[str, str]:
-    """The versions that a run's numbers depend on."""
-    import tensorflow as tf
-
-    packages = {"tf_keras": "tf-keras", "keras": "keras", "tfmot": "tensorflow-model-optimization", "numpy": "numpy"}
-    return {
-        "keras_sparse_init": __version__,
-        "python": platform.python_version(),
-        "tensorflow": tf.__version__,  # Its distribution may be called tensorflow or tensorflow-cpu.
-        **{name: importlib.metadata.version(package) for name, package in packages.items()},
-    }

@@ -48,7 +48,7 @@ def curves(groups: Sequence[Group]) -> list[list[dict[str, Any]]]:
 
 def figure_of_curves(groups: Sequence[Group]) -> Any:
     """Test accuracy, loss and gradient norm over the steps: a line for each group, a band of one standard error."""
-    figure = _figure(14, 4)
+    figure = new_figure(14, 4)
     panels = (("test_accuracy", "test accuracy"), ("loss", "loss"), ("gradient_norm", "norm of the gradient"))
     lines = curves(groups)
     for axes, (name, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
@@ -65,13 +65,13 @@ def figure_of_curves(groups: Sequence[Group]) -> Any:
             if log:
                 axes.set_yscale("log")
         axes.set(xlabel="step", title=title)
-    _legend(figure)
+    add_legend(figure)
     return figure
 
 
 def figure_of_accuracies(groups: Sequence[Group]) -> Any:
     """Test accuracy over sparsity, with standard errors: a series for all groups that differ in the sparsity alone."""
-    figure = _figure(8, 4.5)
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     names = [name for name in differing(groups) if name != "sparsity"] or ["network", "experiment"]
     series: dict[str, list[tuple[float, float, float]]] = {}
@@ -83,11 +83,12 @@ def figure_of_accuracies(groups: Sequence[Group]) -> Any:
         sparsities, means, errors = zip(*sorted(points), strict=True)
         axes.errorbar(sparsities, means, errors, marker="o", capsize=3, label=_literal(label), **_style(i))
     axes.set(xlabel="sparsity", title="test accuracy")
-    _legend(figure)
+    add_legend(figure)
     return figure
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of this size in inches. It raises an ImportError that says what to install."""
     try:
         # Not pyplot: that would choose a window system and keep every figure.
         from matplotlib.figure import Figure
@@ -96,7 +97,7 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _legend(figure: Any) -> None:
+def add_legend(figure: Any) -> None:
     """Adds a legend below: as many columns as its texts leave room for, and the figure as much higher as it needs."""
     handles, texts = figure.axes[0].get_legend_handles_labels()
     if not texts:

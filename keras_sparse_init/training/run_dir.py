@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.metadata
 import json
 import os
+import platform
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from keras_sparse_init._version import __version__
+
 SUMMARY = "summary.json"
 JOB = "job.json"
 MASKS = "masks.npz"
+RESULTS = "results.json"
 
 
 def check_output_dir(path: str | os.PathLike[str]) -> Path:
@@ -43,6 +48,31 @@ def check_output_dir(path: str | os.PathLike[str]) -> Path:
         raise FileExistsError(f"The output directory {str(path)!r} holds a finished run; results are never overwritten")
     begun = (path / JOB).with_suffix(".tmp")  # All that is left of a run that was killed at once.
     if path.is_dir() and any(file != begun for file in path.iterdir()) and not (path / JOB).is_file():
+        raise FileExistsError(f"The output directory {str(path)!r} is not empty; results are never overwritten")
+    return path
+
+
+def make_new_dir(path: str | os.PathLike[str]) -> Path:
+    """Makes a directory for results that are written at once, or takes one that is empty.
+
+    Raises:
+        FileExistsError: As `check_new_dir`.
+    """
+    path = check_new_dir(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def check_new_dir(path: str | os.PathLike[str]) -> Path:
+    """Refuses what is neither a new nor an empty directory. Nothing is created yet.
+
+    Raises:
+        FileExistsError: When there is a file, or a directory that holds anything: results are never overwritten.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"The output directory {str(path)!r} is a file")
+    if path.is_dir() and any(path.iterdir()):
         raise FileExistsError(f"The output directory {str(path)!r} is not empty; results are never overwritten")
     return path
 
@@ -101,15 +131,36 @@ def sole_use(directory: Path) -> Iterator[None]:
         yield
 
 
-def default_output_dir(network: str, experiment: str, init: str, sparsity: float, seed: int) -> Path:
-    """A directory under runs/ whose name says what the run is and when it began."""
+def default_output_dir(*parts: str) -> Path:
+    """A directory under runs/ whose name says by these parts what the run is, and when it began."""
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{network}-{experiment}-{init}-{sparsity:g}-seed{seed}-{time}"
+    return Path("runs") / "-".join([*parts, time])
 
 
 def write_summary(directory: Path, summary: dict[str, Any]) -> None:
     """Writes a run's summary. It is written last and in one piece: a directory that has one is a finished run."""
     _write(directory / SUMMARY, summary)
+
+
+def write_results(directory: Path, results: dict[str, Any]) -> None:
+    """Writes what an experiment without training found, with the versions of what it was found with, as results.json.
+
+    A report on runs passes over a directory that has one.
+    """
+    _write(directory / RESULTS, results | {"versions": versions()})
+
+
+def versions() -> dict[str, str]:
+    """The versions that numbers depend on."""
+    import tensorflow as tf
+
+    packages = {"tf_keras": "tf-keras", "keras": "keras", "tfmot": "tensorflow-model-optimization", "numpy": "numpy"}
+    return {
+        "keras_sparse_init": __version__,
+        "python": platform.python_version(),
+        "tensorflow": tf.__version__,  # Its distribution may be called tensorflow or tensorflow-cpu.
+        **{name: importlib.metadata.version(package) for name, package in packages.items()},
+    }
 
 
 def read_summary(directory: str | os.PathLike[str]) -> dict[str, Any]:

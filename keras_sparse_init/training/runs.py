@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from keras_sparse_init.training.run_dir import SUMMARY, read_summary
+from keras_sparse_init.training.run_dir import RESULTS, SUMMARY, read_summary
 
 METRICS = "metrics.csv"
 # Those of every version; newer ones have "gradient_norm" as well.
@@ -190,7 +190,12 @@ def _lacking(summary: Any) -> list[str]:
 
 
 def _paths(directory: Path) -> list[Path]:
-    """The directory itself when it is a run's (or nothing at all: reading it says what is wrong), or the runs in it."""
+    """The directory itself when it is a run's (or nothing at all: reading it says what is wrong), or the runs in it.
+
+    Experiments without training write beside them, under runs/ too: they are no runs.
+    """
+    if (directory / RESULTS).is_file():
+        return []
     if (directory / SUMMARY).is_file() or not directory.is_dir():
         return [directory]
     return sorted(path.parent for path in directory.glob(f"*/{SUMMARY}")) or [directory]
