@@ -42,8 +42,8 @@ class WeightNorm(KernelWrapper):
     `Masked(WeightNorm(layer))`, `WeightNorm(Masked(layer))` and tfmot's `prune_low_magnitude(WeightNorm(layer))`.
     Changing masks keeps g; drawing v anew, as `reinitialize` does, makes g the new ||m v||: w is what was drawn.
 
-    A layer that is frozen when it is wrapped stays frozen, and g with it. Afterwards freeze the wrapper: `trainable` of
-    the layer inside says nothing of g.
+    A layer that is frozen when it is wrapped stays frozen, and g with it; of one that is frozen in part every g is
+    trained. Afterwards freeze the wrapper: `trainable` of the layer inside says nothing of g.
 
     `WeightNorm(layer)` is an instance of a subclass for the Keras of the layer: it is a `keras.layers.Layer` around
     a `keras` layer, a `tf_keras.layers.Layer` around a `tf_keras` layer.
