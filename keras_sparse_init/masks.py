@@ -240,7 +240,7 @@ def heterogeneous_mask(shape: Any, sparsity: float, seed: int, kernel_layout: An
     Example:
         >>> from keras_sparse_init import masks
         >>> masks.heterogeneous_mask((100, 8), 0.8, seed=0).sum(axis=0).tolist()
-        [0, 0, 0, 0, 20, 38, 49, 53]
+        [0, 0, 0, 5, 25, 36, 43, 51]
 
     Reference:
         The masks of the signal propagation notebook of Evci et al. 2020, Gradient Flow in Sparse Neural Networks and
