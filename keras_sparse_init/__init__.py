@@ -29,6 +29,7 @@ _HOME = {
     "WeightNormConstraint": "constraints",
     "apply_constraints": "constraints",
     "apply_masks": "sparse_model",
+    "compare_initializers": "comparison",
     "count_relu_zeros": "relu_zeros",
     "data_dependent_init": "data_dependent",
     "fans": None,

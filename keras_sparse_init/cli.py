@@ -12,6 +12,7 @@ from keras_sparse_init._version import __version__
 
 _TRAIN_CONFIG = "lenet5/scratch.gin"
 _SIGNAL_CONFIG = "signal.gin"
+_COMPARE_CONFIG = "compare.gin"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,6 +70,22 @@ def _parser() -> argparse.ArgumentParser:
         directory="a new or empty directory",
     )
     signal.set_defaults(command=_signal)
+
+    compare = commands.add_parser(
+        "compare",
+        help="compare initializers on a stack of affine layers",
+        description="Measures signal and gradient of initializers layer by layer on a stack of affine layers, at "
+        "initialization and in the epochs of SGD after it; prints a table and writes CSV, JSON and plots.",
+        epilog="Example: keras-sparse-init compare --gin_bindings \"ACTIVATION='tanh'\" --output_dir runs/compare",
+    )
+    _add_config_arguments(
+        compare,
+        _COMPARE_CONFIG,
+        names="INITIALIZERS, SIZES, ACTIVATION, SAMPLES, EPOCHS, LEARNING_RATE, SPARSITY, SEED",
+        example="compare.negative_slope=0.1",
+        directory="a new or empty directory",
+    )
+    compare.set_defaults(command=_compare)
 
     report = commands.add_parser(
         "report",
@@ -182,6 +199,25 @@ def _signal(arguments: argparse.Namespace) -> int:
         result = grid.run()
         print(f"\n{result}", flush=True)
         lacking = result.write(directory, config)
+    except (ValueError, OSError) as error:
+        return _fail(error, code=2)
+    print(f"\nresults in {directory}" if lacking is None else f"\nresults in {directory}, without plots: {lacking}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    try:
+        config_arguments = _read_arguments(arguments, "check_new_dir")
+        from keras_sparse_init.training import run_dir
+        from keras_sparse_init.training.comparison_files import write_comparison
+        from keras_sparse_init.training.gin_registry import make_comparison
+
+        comparison, config = make_comparison(*config_arguments)
+        print(comparison, flush=True)
+        settings = comparison.settings
+        parts = ("compare", settings["activation"], f"seed{settings['seed']}")
+        directory = run_dir.make_new_dir(arguments.output_dir or run_dir.default_output_dir(*parts))
+        lacking = write_comparison(comparison, directory, config)
     except (ValueError, OSError) as error:
         return _fail(error, code=2)
     print(f"\nresults in {directory}" if lacking is None else f"\nresults in {directory}, without plots: {lacking}")

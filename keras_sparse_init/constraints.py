@@ -19,8 +19,8 @@ class WeightNormConstraint(compat.Constraint):
     Used as `kernel_constraint=`, it projects the kernel after each update of the optimizer: at initialization the
     kernel is what its initializer drew, until `apply_constraints(model)` projects it at once. A vector of zeros stays
     0. Without `epsilon` the projection does not depend on the scale of w (Keras's `UnitNorm` does: its epsilon is added
-    to the norm) and is idempotent. It is computed in float32 for half-precision weights. Zeros stay zeros: under `Masked` and static
-    masks the norm is that of the active weights.
+    to the norm) and is idempotent. It is computed in float32 for half-precision weights. Zeros stay zeros: under
+    `Masked` and static masks the norm is that of the active weights.
 
     What it gives is not weight normalization (the paper's w = g v / ||v||; see `WeightNorm`): the norm is fixed, there
     is no g to train, the gradient is that of w itself and not only its part across w, and nothing happens before the

@@ -18,8 +18,8 @@ def data_dependent_init(model: Any, x: Any) -> None:
 
     With mu and sigma the mean and standard deviation of a unit's pre-activations over the batch (and over positions):
     g := g * init_scale / sigma, b := (b - mu) * init_scale / sigma. Layer after layer in the order of their calls, each
-    on what the layers before put out by then. A layer without bias gets the standard deviation alone; one that is called
-    on its own output gets both approximately.
+    on what the layers before put out by then. A layer without bias gets the standard deviation alone; one that is
+    called on its own output gets both approximately.
 
     Nothing is initialized inside a call: this is done once, when it is asked for, in one process on one batch; in a
     `tf.distribute` strategy all replicas get the same values.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -126,3 +126,33 @@ def laid_out(table: Sequence[Sequence[str]], left: int = 1) -> str:
         for line in table
     ]
     return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
+def format_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table of text: columns as wide as they need, numbers to the right, text to the left.
+
+    Args:
+        header: The names of the columns.
+        rows: The cells, as many in each row.
+
+    Returns:
+        The lines, without a newline at the end.
+
+    Example:
+        >>> from keras_sparse_init.table import format_table
+        >>> print(format_table(["layer", "size"], [["conv1", 150], ["logits", 840]]))
+        layer   size
+        ------  ----
+        conv1    150
+        logits   840
+    """
+    rows = [list(row) for row in rows]
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    text = [any(isinstance(row[i], str) and not row[i][:1].isdigit() for row in rows) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        aligned = (c.ljust(w) if left else c.rjust(w) for c, w, left in zip(row, widths, text, strict=True))
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, cells)])

@@ -25,6 +25,7 @@ ORDER = (
     "schedules",
     "packing",
     "table",
+    "figures",
     "zero_counts",
     "compat",
     "initializers",
@@ -47,6 +48,10 @@ ORDER = (
     "sparse_model",
     "pruning",
     "gradients",
+    "affine_stack",
+    "comparison_plots",
+    "comparison_report",
+    "comparison",
     "training",
     "cli",
 )

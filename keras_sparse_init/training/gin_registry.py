@@ -19,6 +19,8 @@ from typing import Any
 
 import gin
 
+from keras_sparse_init.comparison import compare_initializers
+from keras_sparse_init.comparison_report import InitializerComparison
 from keras_sparse_init.initializers import SparseScaledInit
 from keras_sparse_init.training.configs import config_root
 from keras_sparse_init.training.experiments import Dense, Lottery, Prune, Scratch
@@ -31,6 +33,8 @@ _MODULE = "keras_sparse_init"
 # What the configs call `train` is the making of the job: running it takes no configuration.
 _train = gin.external_configurable(Job, name="train", module=_MODULE)
 _signal = gin.external_configurable(SignalGrid, name="signal", module=_MODULE)
+_compare = gin.external_configurable(compare_initializers, name="compare", module=_MODULE)
+_COMMANDS = {_train: "train", _signal: "signal", _compare: "compare"}
 gin.external_configurable(Dense, name="dense", module=_MODULE)
 gin.external_configurable(Lottery, name="lottery", module=_MODULE)
 gin.external_configurable(Prune, name="prune", module=_MODULE)
@@ -69,6 +73,13 @@ def make_signal(
     return _make(_signal, files, bindings, imports)
 
 
+def make_comparison(
+    files: Sequence[str | Path], bindings: Sequence[str] = (), imports: Sequence[str] = ()
+) -> tuple[InitializerComparison, str]:
+    """Makes the comparison of initializers that gin files and bindings describe; all else is as in `make_job`."""
+    return _make(_compare, files, bindings, imports)
+
+
 def _make(
     configurable: Any, files: Sequence[str | Path], bindings: Sequence[str], imports: Sequence[str]
 ) -> tuple[Any, str]:
@@ -78,10 +89,18 @@ def _make(
             _register_module(name)
         _parse(files, bindings)
         _check_macros(files)
+        _check_command(configurable, files)
         return configurable(), gin.operative_config_str()
     except (ValueError, TypeError, OSError, ImportError, SyntaxError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(_one_line(error)) from error
+
+
+def _check_command(configurable: Any, files: Sequence[str | Path]) -> None:
+    """Refuses the configs of another command, of which everything would be ignored."""
+    name = _COMMANDS[configurable]
+    if not re.search(rf"^({_MODULE}\.)?{name}\.", gin.config_str(), flags=re.MULTILINE):
+        raise ValueError(f"Nothing in {', '.join(map(str, files))} is for the command {name!r}")
 
 
 def _register_module(name: str) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from keras_sparse_init.figures import add_legend, literal, new_figure, style
 from keras_sparse_init.training.runs import Group, differing, mean_and_error
 
 MEASURES = ("loss", "train_accuracy", "test_accuracy", "gradient_norm")
@@ -59,9 +60,9 @@ def figure_of_curves(groups: Sequence[Group]) -> Any:
             if not rows:
                 continue
             steps, means = [row["step"] for row in rows], [row[name] for row in rows]
-            axes.plot(steps, means, label=_literal(rows[0]["group"]), **_style(i), marker="." if len(rows) == 1 else "")
+            axes.plot(steps, means, label=literal(rows[0]["group"]), **style(i), marker="." if len(rows) == 1 else "")
             low, high = zip(*(_band(row[name], row[f"{name}_error"]) for row in rows), strict=True)
-            axes.fill_between(steps, low, high, color=_style(i)["color"], alpha=0.2, linewidth=0)
+            axes.fill_between(steps, low, high, color=style(i)["color"], alpha=0.2, linewidth=0)
             if log:
                 axes.set_yscale("log")
         axes.set(xlabel="step", title=title)
@@ -81,42 +82,10 @@ def figure_of_accuracies(groups: Sequence[Group]) -> Any:
         series.setdefault(_label(group, names), []).append(point)
     for i, (label, points) in enumerate(series.items()):
         sparsities, means, errors = zip(*sorted(points), strict=True)
-        axes.errorbar(sparsities, means, errors, marker="o", capsize=3, label=_literal(label), **_style(i))
+        axes.errorbar(sparsities, means, errors, marker="o", capsize=3, label=literal(label), **style(i))
     axes.set(xlabel="sparsity", title="test accuracy")
     add_legend(figure)
     return figure
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure of this size in inches. It raises an ImportError that says what to install."""
-    try:
-        # Not pyplot: that would choose a window system and keep every figure.
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install matplotlib") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def add_legend(figure: Any) -> None:
-    """Adds a legend below: as many columns as its texts leave room for, and the figure as much higher as it needs."""
-    handles, texts = figure.axes[0].get_legend_handles_labels()
-    if not texts:
-        return
-    width, height = figure.get_size_inches()
-    wide = 0.7 + 0.08 * max(map(len, texts))  # Inches: those of a line and its margins, and of each letter.
-    columns = max(1, min(len(texts), int(width / wide)))
-    figure.set_size_inches(width, height + 0.2 * math.ceil(len(texts) / columns))
-    figure.legend(handles, texts, loc="outside lower center", ncols=columns, fontsize="small")
-
-
-def _style(i: int) -> dict[str, Any]:
-    """Ten colors, then the same with other dashes."""
-    return {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4]}
-
-
-def _literal(text: str) -> str:
-    """Text in which matplotlib sees no formula."""
-    return text.replace("$", r"\$")
 
 
 def _band(mean: float, error: float) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from keras_sparse_init.table import format_table
 from keras_sparse_init.training import plots
 from keras_sparse_init.training.runs import Group, Run, differing, group_runs, mean_and_error, read_runs
 
@@ -80,36 +81,6 @@ def report(directories: Iterable[str | os.PathLike[str]], output_dir: str | os.P
     if output_dir is not None:
         _write(groups, Path(output_dir))
     return "\n\n".join(parts)
-
-
-def format_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table of text: columns as wide as they need, numbers to the right, text to the left.
-
-    Args:
-        header: The names of the columns.
-        rows: The cells, as many in each row.
-
-    Returns:
-        The lines, without a newline at the end.
-
-    Example:
-        >>> from keras_sparse_init.training.report import format_table
-        >>> print(format_table(["layer", "size"], [["conv1", 150], ["logits", 840]]))
-        layer   size
-        ------  ----
-        conv1    150
-        logits   840
-    """
-    rows = [list(row) for row in rows]
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    text = [any(isinstance(row[i], str) and not row[i][:1].isdigit() for row in rows) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        aligned = (c.ljust(w) if left else c.rjust(w) for c, w, left in zip(row, widths, text, strict=True))
-        return "  ".join(aligned).rstrip()
-
-    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, cells)])
 
 
 def _table_of_groups(groups: Sequence[Group]) -> str:
