@@ -256,7 +256,7 @@ def put_folded_values(plain: Any, values: list[np.ndarray | None]) -> None:
 def _is_frozen(layer: Any) -> bool:
     """Whether a layer is frozen, or what is inside it is when it is a wrapper or a loop over a cell."""
     layers, inside = compat.library_of(layer).layers, []
-    if isinstance(layer, layers.Wrapper | layers.RNN):
+    if isinstance(layer, layers.Wrapper | layers.Bidirectional | layers.RNN):
         inside = list(layer._flatten_layers(recursive=False, include_self=False))
     return not layer.trainable or (bool(inside) and all(map(_is_frozen, inside)))
 
