@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import subprocess
 import sys
@@ -103,17 +104,34 @@ def test_a_checkpoint_comes_back_also_into_a_model_that_is_not_built(library, bu
 
 
 @either_keras
-def test_an_exported_model_gives_the_same_predictions(library, tmp_path):
+def test_an_exported_model_gives_the_same_predictions_and_gradients(library, tmp_path):
     model = trained(library)
     if library is keras:
         model.export(tmp_path / "exported", verbose=False)
         exported = tf.saved_model.load(tmp_path / "exported")
-        output = exported.serve(tf.constant(X))
+        run = exported.serve
     else:
         tf.saved_model.save(model, tmp_path / "exported")
         exported = tf.saved_model.load(tmp_path / "exported")
-        output = exported(tf.constant(X), training=False)
-    np.testing.assert_allclose(output, model.predict(X, verbose=0), rtol=1e-5, atol=1e-6)
+        run = functools.partial(exported, training=False)
+    gradients = []
+    for function in (run, lambda x: model(x, training=False)):
+        x = tf.constant(X)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            output = function(x)
+        gradients.append((output, tape.gradient(output, x)))
+    for one, other in zip(*gradients, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    # Of the loaded weights too: the gradient of w = g v / ||v|| is written out, and saved with the function.
+    with tf.GradientTape() as tape:
+        value = tf.reduce_sum(run(tf.constant(X)) ** 2)
+    loaded = tape.gradient(value, exported.trainable_variables)
+    with tf.GradientTape() as tape:
+        value = tf.reduce_sum(model(tf.constant(X), training=False) ** 2)
+    variables = [weight.value if library is keras else weight for weight in model.trainable_weights]
+    for one, other in zip(loaded, tape.gradient(value, variables), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @either_keras
