@@ -389,6 +389,30 @@ def _own_dtype(variable: Any) -> Any:
     return tf.dtypes.as_dtype(name) if isinstance(variable, tf.Variable) else name
 
 
+def activation_layers(layer: Any) -> tuple[type, ...]:
+    """The classes of the layer's Keras that put out an activation of their input."""
+    layers = library_of(layer).layers
+    names = ("Activation", "ReLU", "LeakyReLU", "PReLU", "ELU", "Softmax", "ThresholdedReLU")
+    return tuple(getattr(layers, name) for name in names if hasattr(layers, name))
+
+
+def is_linear(activation: Any) -> bool:
+    """Whether an activation is the one of either Keras that puts out its very input."""
+    return activation is keras.activations.linear or activation is tf_keras.activations.linear
+
+
+def runs_loop(layer: Any) -> bool:
+    """Whether a layer calls those inside it in a loop over time, where what they put out is of one step, or unused."""
+    if isinstance(layer, tf_keras.layers.TimeDistributed):
+        return not layer._always_use_reshape
+    return isinstance(layer, library_of(layer).layers.RNN)
+
+
+def current_trace() -> Any:
+    """The graph that TensorFlow is building here, or None: tensors of one have no value in another."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
 def iterations(model: Any) -> int:
     """How many updates the optimizer of a compiled model has made.
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_sparse_init import compat, fans, traversal
 from keras_sparse_init.layers import WeightNorm
+from keras_sparse_init.watching import watch
 
 
 def data_dependent_init(model: Any, x: Any) -> None:
@@ -107,24 +108,10 @@ def _pre_activations(model: Any, x: Any, layers: list[Any]) -> dict[int, np.ndar
     Arrays of shape (samples and positions, units), in float64; those of several calls of a layer together.
     """
     found: dict[int, list[np.ndarray]] = {}
-
-    def watch(layer: Any, activation: Any) -> Any:
-        axis = 1 if getattr(layer, "data_format", None) == "channels_first" else -1
-
-        def activate(value: Any) -> Any:
-            values = np.moveaxis(compat.to_numpy("outputs", value).astype(np.float64), axis, -1)
-            found.setdefault(id(layer), []).append(values.reshape(math.prod(values.shape[:-1]), values.shape[-1]))
-            return value if activation is None else activation(value)
-
-        return activate
-
-    activations = [(layer, layer.activation) for layer in layers]
-    try:
-        for layer, activation in activations:
-            # Past Keras's tracking: for it the layer never changes.
-            object.__setattr__(layer, "activation", watch(layer, activation))
+    with watch(model, layers) as items:
         model(x, training=False)
-    finally:
-        for layer, activation in activations:
-            object.__setattr__(layer, "activation", activation)
+    for item in (item for item in items if item.pre is not None):
+        axis = 1 if getattr(item.layer, "data_format", None) == "channels_first" else -1
+        values = np.moveaxis(compat.to_numpy("outputs", item.pre).astype(np.float64), axis, -1)
+        found.setdefault(id(item.layer), []).append(values.reshape(math.prod(values.shape[:-1]), values.shape[-1]))
     return {key: np.concatenate(values) for key, values in found.items()}

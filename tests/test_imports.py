@@ -37,6 +37,7 @@ ORDER = (
     "constraints",
     "slots",
     "folding",
+    "watching",
     "data_dependent",
     "wrapping",
     "sparse_model",
