@@ -39,6 +39,7 @@ _HOME = {
     "magnitude_prune": "pruning",
     "masked_kernels": "sparse_model",
     "masks": None,
+    "measure_signal": "signal",
     "reinitialize": "sparse_model",
     "set_masks": "sparse_model",
     "sparsify": "sparse_model",

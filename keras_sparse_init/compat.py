@@ -358,6 +358,7 @@ _TENSORFLOW_OPS = types.SimpleNamespace(
     abs=tf.abs,
     cast=tf.cast,
     max=tf.reduce_max,
+    mean=tf.reduce_mean,
     ones_like=tf.ones_like,
     reshape=tf.reshape,
     sqrt=tf.sqrt,
@@ -411,6 +412,38 @@ def runs_loop(layer: Any) -> bool:
 def current_trace() -> Any:
     """The graph that TensorFlow is building here, or None: tensors of one have no value in another."""
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def tensors_of(nest: Any) -> list[Any]:
+    """The dense tensors of a nest, of whatever backend, in its order."""
+    if isinstance(nest, dict):
+        nest = [nest[key] for key in sorted(nest)]
+    if isinstance(nest, list | tuple):
+        return [tensor for item in nest for tensor in tensors_of(item)]
+    return [nest] if isinstance(nest, tf.Tensor) or keras.ops.is_tensor(nest) else []
+
+
+def is_floating(value: Any) -> bool:
+    """Whether a tensor or array of whatever backend is one of floating numbers."""
+    return "float" in str(getattr(value.dtype, "name", value.dtype))
+
+
+def tensors_for(model: Any, nest: Any) -> Any:
+    """Arrays, or a nest of them, as tensors of the backend of a model."""
+    if library_of(model) is tf_keras:
+        return tf.nest.map_structure(tf.convert_to_tensor, nest)
+    return keras.tree.map_structure(keras.ops.convert_to_tensor, nest)
+
+
+def is_input(layer: Any) -> bool:
+    """Whether a layer stands for an input of a model."""
+    return isinstance(layer, keras.layers.InputLayer | tf_keras.layers.InputLayer)
+
+
+def unit_axis(layer: Any, rank: int) -> int:
+    """The axis of the units in a sample of this rank that a layer puts out, counted from the end."""
+    data_format = getattr(layer, "data_format", None) or library_of(layer).backend.image_data_format()
+    return -rank if data_format == "channels_first" and rank > 2 else -1
 
 
 def iterations(model: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -103,11 +104,25 @@ class SparsityTable:
         ]
         total = self.total
         lines.append(("total", "", f"{total.sparsity:.2%}", f"{total.nonzeros:,}", "", "", "", str(total.dead_units)))
-        table = [header, *lines]
-        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-        # Names to the left, numbers to the right.
-        padded = [
-            [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
-            for line in table
-        ]
-        return "\n".join("  ".join(line).rstrip() for line in padded)
+        return laid_out([header, *lines], left=2)
+
+
+def laid_out(table: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of cells as lines of text, columns one below the other.
+
+    Args:
+        table: The rows, the header first.
+        left: How many columns, from the first on, are names, which stand to the left; numbers stand to the right.
+
+    Example:
+        >>> from keras_sparse_init.table import laid_out
+        >>> print(laid_out([("kernel", "size"), ("a", "1,200")]))
+        kernel   size
+        a       1,200
+    """
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    padded = [
+        [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        for line in table
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in padded)
