@@ -135,6 +135,12 @@ def to_numpy(name: str, value: Any) -> np.ndarray:
         raise ValueError(f"`{name}` must be an array that has a value. Received: {value!r}") from error
 
 
+def view(value: Any) -> np.ndarray:
+    """A tensor as an array that shares its memory where it can, and must not be written to."""
+    # `.numpy()` copies; NumPy does not take a scalar of bfloat16 as it is.
+    return np.asarray(value) if isinstance(value, tf.Tensor) and value.shape.rank else to_numpy("value", value)
+
+
 def to_tensor(values: np.ndarray, dtype: Any) -> Any:
     """Freshly drawn values as a tensor of whoever asks: TensorFlow for tf_keras, else Keras 3's backend.
 
@@ -186,6 +192,19 @@ def _assign(variable: Any, value: Any) -> None:
     copies = getattr(variable, "values", None) if isinstance(variable, tf.Variable) else None
     for part in copies or (variable,):
         part.assign(value)
+
+
+def kept_value(variable: Any) -> Any:
+    """The value of a variable of either Keras as a tensor that keeps it whatever becomes of the variable."""
+    value = own_value(variable)
+    if isinstance(value, tf.Variable):
+        return value.value()  # TensorFlow copies a value that is in use before it writes.
+    return value.clone() if hasattr(value, "clone") else value
+
+
+def put_back(variable: Any, value: Any) -> None:
+    """Gives a variable a value that `kept_value` returned."""
+    _assign(variable, value)
 
 
 def register_in(library: Any, cls: Class) -> Class:

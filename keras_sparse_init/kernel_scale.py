@@ -10,35 +10,27 @@ from keras_sparse_init import compat, fans
 from keras_sparse_init.layers import WeightNorm
 from keras_sparse_init.masked_kernel import MaskedKernel
 from keras_sparse_init.matching import mask_aware
-from keras_sparse_init.traversal import KernelPlace, walk
+from keras_sparse_init.traversal import walk
 from keras_sparse_init.variance import weight_std
 
 
-def kernel_values(model: Any, places: list[KernelPlace]) -> list[np.ndarray]:
-    """The kernels as their layers use them but for masks: of a `WeightNorm` layer w, not v."""
+def effective_values(model: Any, kernels: list[MaskedKernel]) -> list[np.ndarray]:
+    """The masked kernels as their layers use them but for masks: of a `WeightNorm` layer w, not v."""
     effective = {}
     for layer in [model, *(layer for _, _, layer in walk(model))]:
         if isinstance(layer, WeightNorm):
             for slot, w in zip(layer._slots, layer.effective_weights(), strict=True):
                 effective[id(slot.kernel)] = w
-    return [compat.to_numpy("kernel", effective.get(id(place.kernel), place.kernel)) for place in places]
+    return [compat.view(effective.get(id(kernel.kernel), compat.kept_value(kernel.kernel))) for kernel in kernels]
 
 
-def layout_of(place: KernelPlace) -> fans.KernelLayout | None:
-    """The layout of a kernel; None when it is not known."""
-    try:
-        return fans.kernel_layout(place.owner, place.shape, weight_name=place.attribute)
-    except ValueError:
-        return None
-
-
-def scale_of(values: np.ndarray, mask: np.ndarray | None, layout: fans.KernelLayout | None) -> float | None:
+def scale_of(values: np.ndarray, mask: np.ndarray, layout: fans.KernelLayout) -> float | None:
     """The sum of the squares of the weights into a unit, mean over the units that have any weights.
 
     Args:
         values: The kernel.
-        mask: Its boolean mask, or None.
-        layout: Its layout. None and embeddings, which put out one row each, have no such scale.
+        mask: Its boolean mask.
+        layout: Its layout; an embedding, which puts out one row at a time, has no such scale.
 
     Example:
         >>> import numpy as np
@@ -47,16 +39,11 @@ def scale_of(values: np.ndarray, mask: np.ndarray | None, layout: fans.KernelLay
         >>> scale_of(np.full((4, 2), 0.5), np.array([[1, 0]] * 4, bool), kernel_layout("dense", (4, 2)))
         1.0
     """
-    if layout is None or layout.one_hot:
+    units = int(np.count_nonzero(fans.fan_in(mask, layout)))
+    if layout.one_hot or not units:
         return None
-    values = np.asarray(values, np.float64) if values.dtype.itemsize < 4 else values
-    with np.errstate(all="ignore"):
-        squares = np.square(values if mask is None else values * mask)
-        total = float(squares.sum(dtype=np.float64))
-    units = int(np.prod([values.shape[axis] for axis in layout.output_axes]))
-    if mask is not None:
-        units = int(np.count_nonzero(fans.fan_in(mask, layout)))
-    return total / units if units else None
+    active = values[mask].astype(np.float64)
+    return float(active @ active) / units
 
 
 def expected_scales(kernel: MaskedKernel, mask: np.ndarray) -> tuple[float | None, float | None]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import numpy as np
 
-from keras_sparse_init import compat, traversal
+from keras_sparse_init import compat
 from keras_sparse_init.moments import Directions, Moments, Zeros
 from keras_sparse_init.probe import Seen
 from keras_sparse_init.signal_report import LayerSignal
@@ -32,7 +32,7 @@ class LayerSums:
     post_shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, seen: Seen, count: int, factor: np.float32, cache: dict[Any, Any]) -> LayerSums:
+    def of(cls, seen: Seen, count: int, factor: float, cache: dict[int, _Parts]) -> LayerSums:
         """Those of one batch.
 
         Args:
@@ -42,21 +42,20 @@ class LayerSums:
             cache: What has been made of the arrays of this batch: layers share them.
         """
 
-        def once(function: Callable[[np.ndarray], Any], values: np.ndarray) -> Any:
-            key = (function, id(values))
-            if key not in cache:
-                cache[key] = function(as_matrix(values, count))
-            return cache[key]
+        def parts(values: np.ndarray) -> _Parts:
+            if id(values) not in cache:
+                cache[id(values)] = _Parts(as_matrix(values, count))
+            return cache[id(values)]
 
         first = seen.post if seen.pre is None else seen.pre
-        gradient = None if seen.gradient is None else real(seen.gradient)
+        gradient = None if seen.gradient is None else Moments.of_all(real(seen.gradient)).divided(factor)
         return cls(
             layer=seen.layer,
-            pre=None if seen.pre is None else once(Moments.of, seen.pre),
-            post=once(Moments.of, seen.post),
-            zeros=None if seen.pre is None else once(Zeros.of, seen.post),
-            directions=once(Directions.of, first),
-            gradient=None if gradient is None else Moments.of_all(gradient, factor),
+            pre=None if seen.pre is None else parts(seen.pre).moments,
+            post=parts(seen.post).moments,
+            zeros=None if seen.pre is None else Zeros.of(parts(seen.post).values),
+            directions=parts(first).directions,
+            gradient=gradient,
             pre_shape=_sample_shape(first, count),
             post_shape=_sample_shape(seen.post, count),
         )
@@ -80,7 +79,7 @@ class LayerSums:
         names = ("pre", "post", "zeros", "directions", "gradient")
         return dataclasses.replace(self, **{name: both(name) for name in names})
 
-    def signal(self, name: str) -> LayerSignal:
+    def signal(self, name: str, has_kernel: bool) -> LayerSignal:
         """The numbers, under the name of the call."""
         axis = compat.unit_axis(self.layer, len(self.post_shape))
         post = self.post.spread(self.post_shape, axis)
@@ -90,7 +89,7 @@ class LayerSums:
         return LayerSignal(
             name=name,
             kind=type(self.layer).__name__,
-            has_kernel=any(place.owner is self.layer for place in traversal.kernels_of(self.layer)),
+            has_kernel=has_kernel,
             units=units,
             size=self.post.mean.size,
             pre=None if self.pre is None else self.pre.spread(self.pre_shape, axis),
@@ -104,11 +103,31 @@ class LayerSums:
         )
 
 
+class _Parts:
+    """What is made of an array of shape (samples, positions) when it is asked for, once."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    @functools.cached_property
+    def _squared(self) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            return np.square(self.values)
+
+    @functools.cached_property
+    def moments(self) -> Moments:
+        """The moments of its positions."""
+        return Moments.of(self.values, self._squared)
+
+    @functools.cached_property
+    def directions(self) -> Directions:
+        """The directions of its samples."""
+        return Directions.of(self.values, self._squared)
+
+
 def real(values: np.ndarray) -> np.ndarray:
     """The values in float32 or float64."""
-    if values.dtype in (np.float32, np.float64):
-        return values
-    return values.astype(np.float32)
+    return values if values.dtype in (np.float32, np.float64) else values.astype(np.float32)
 
 
 def as_matrix(values: np.ndarray, count: int) -> np.ndarray:

@@ -12,6 +12,8 @@ import numpy as np
 
 # Where squares in float32 would lose what is so small, sums are made in float64.
 _SMALL = 1e-12
+# A variance as a difference of sums is right to float32 as long as the squared mean is not this many times as large.
+_OUTWEIGHED = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,36 +49,35 @@ class Moments:
     squares: np.ndarray
 
     @classmethod
-    def of(cls, values: np.ndarray) -> Moments:
-        """The moments of an array of shape (samples, positions)."""
+    def of(cls, values: np.ndarray, squared: np.ndarray | None = None) -> Moments:
+        """The moments of an array of shape (samples, positions); `squared` are its squares, if there."""
         with np.errstate(all="ignore"):
             count = len(values)
-            # By BLAS, which sums columns three times as fast as `mean`.
-            mean = (np.ones(count, values.dtype) @ values) / values.dtype.type(count)
-            centred = values - mean
-            squares = np.einsum("ij,ij->j", centred, centred)
-            if values.dtype != np.float64:
-                size = np.abs(mean).max(initial=0.0) + np.sqrt(squares.max(initial=0.0) / count)
-                if not _SMALL < size < 1 / _SMALL and (size > 0 or values.any()):
-                    return cls.of(values.astype(np.float64))
-            return cls(count, mean.astype(np.float64), squares.astype(np.float64))
+            # By BLAS, which sums columns three times as fast as `sum`.
+            ones = np.ones(count, values.dtype)
+            mean = (ones @ values).astype(np.float64) / count
+            squares = (ones @ (np.square(values) if squared is None else squared)).astype(np.float64)
+            squares -= count * mean**2
+            _centre(values, mean, squares)
+            if _is_extreme(values, mean, squares / count):
+                return cls.of(values.astype(np.float64))
+            return cls(count, mean, squares)
 
     @classmethod
-    def of_all(cls, values: np.ndarray, factor: float = 1.0) -> Moments:
-        """The moments of all entries of an array together, divided by `factor`: one position, the entries as samples."""
+    def of_all(cls, values: np.ndarray) -> Moments:
+        """The moments of all entries of an array together: one position, of which the entries are samples."""
         flat = values.reshape(-1)
         with np.errstate(all="ignore"):
-            mean = flat.mean()
-            # In parts that stay in the processor's cache.
-            squares = 0.0
-            for start in range(0, flat.size, 2**15):
-                centred = flat[start : start + 2**15] - mean
-                squares += float(centred @ centred)
-            size = abs(float(mean)) + np.sqrt(squares / flat.size)
-            if flat.dtype != np.float64 and not _SMALL < size < 1 / _SMALL and (size > 0 or flat.any()):
-                return cls.of_all(flat.astype(np.float64), factor)
-            factor = float(factor)
-            return cls(flat.size, np.array([float(mean) / factor]), np.array([squares / factor**2]))
+            mean = np.array([flat.sum(dtype=flat.dtype)], np.float64) / flat.size
+            squares = np.array([flat @ flat], np.float64) - flat.size * mean**2
+            _centre(flat.reshape(-1, 1), mean, squares)
+            if _is_extreme(flat, mean, squares / flat.size):
+                return cls.of_all(flat.astype(np.float64))
+            return cls(flat.size, mean, squares)
+
+    def divided(self, factor: float) -> Moments:
+        """The moments of the same values divided by a number."""
+        return self if factor == 1 else Moments(self.count, self.mean / factor, self.squares / factor**2)
 
     def merged(self, other: Moments) -> Moments:
         """The moments of the samples of both.
@@ -100,15 +101,19 @@ class Moments:
         """
         with np.errstate(all="ignore"):
             mean, variance = self.mean, self.squares / self.count
-            if len(shape) > 1:
+            if len(shape) > 1 and shape[axis] < mean.size:
                 mean, variance = _by_unit(mean, shape, axis), _by_unit(variance, shape, axis)
-                unit_mean = mean.mean(axis=0)
-                variance = variance.mean(axis=0) + np.square(mean - unit_mean).mean(axis=0)
+                positions = len(mean)
+                unit_mean = mean.sum(axis=0) / positions
+                variance = (variance.sum(axis=0) + np.square(mean - unit_mean).sum(axis=0)) / positions
                 mean = unit_mean
             unit_std = np.sqrt(variance)
-            total = np.sqrt(variance.mean() + np.square(mean - mean.mean()).mean())
+            units = mean.size
+            total = mean.sum() / units
+            between = mean - total
+            std = np.sqrt((variance.sum() + between @ between) / units)
             return Spread(
-                float(mean.mean()), float(total), float(unit_std.mean()), float(unit_std.min()), float(unit_std.max())
+                float(total), float(std), float(unit_std.sum() / units), float(unit_std.min()), float(unit_std.max())
             )
 
     def is_constant(self) -> bool:
@@ -125,18 +130,18 @@ class Directions:
     total: np.ndarray
 
     @classmethod
-    def of(cls, values: np.ndarray) -> Directions:
-        """Those of an array of shape (samples, positions)."""
+    def of(cls, values: np.ndarray, squared: np.ndarray | None = None) -> Directions:
+        """Those of an array of shape (samples, positions); `squared` are its squares, if there."""
         with np.errstate(all="ignore"):
-            lengths = np.sqrt(np.einsum("ij,ij->i", values, values))
-            small = not np.all((lengths > _SMALL) & (lengths < 1 / _SMALL))
-            if small and values.dtype != np.float64 and values.any():
-                return cls.of(values.astype(np.float64))
-            alive = lengths > 0
-            inverse = np.where(alive, 1 / np.where(alive, lengths, 1), 0).astype(values.dtype)
-            # NaN is no length; it is for the mean to be NaN then, too.
-            inverse[np.isnan(lengths)] = np.nan
-            return cls(int(np.count_nonzero(lengths != 0)), (inverse @ values).astype(np.float64))
+            squared = np.square(values) if squared is None else squared
+            lengths = np.sqrt(squared @ np.ones(values.shape[1], values.dtype))
+            if values.dtype != np.float64 and not (lengths.min() > _SMALL and lengths.max() < 1 / _SMALL):
+                if values.any():
+                    return cls.of(values.astype(np.float64))
+            # The length of what has NaN is NaN, and so is the sum then.
+            alive = lengths != 0
+            inverse = np.divide(1, lengths, out=np.zeros_like(lengths), where=alive)
+            return cls(int(np.count_nonzero(alive)), (inverse @ values).astype(np.float64))
 
     def merged(self, other: Directions) -> Directions:
         """Those of the samples of both."""
@@ -189,3 +194,19 @@ class Zeros:
 def _by_unit(values: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
     """An array of shape (positions of a unit, units)."""
     return np.moveaxis(values.reshape(shape), axis, -1).reshape(-1, shape[axis])
+
+
+def _centre(values: np.ndarray, mean: np.ndarray, squares: np.ndarray) -> None:
+    """Sums of squared differences anew, in place, for columns of which the mean outweighs the deviation by far."""
+    lost = squares * _OUTWEIGHED < len(values) * mean**2
+    if lost.any():
+        centred = values[:, lost] - mean[lost].astype(values.dtype)
+        squares[lost] = np.einsum("ij,ij->j", centred, centred)
+
+
+def _is_extreme(values: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> bool:
+    """Whether float32 has not room for the squares of these values; NaN and infinity it has."""
+    if values.dtype == np.float64:
+        return False
+    size = float(np.sqrt(np.max(mean**2 + variance, initial=0.0)))
+    return not _SMALL < size < 1 / _SMALL and (size != 0 or bool(values.any())) and bool(np.isfinite(values).all())

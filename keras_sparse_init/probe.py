@@ -56,13 +56,20 @@ class Probe:
         self._places: list[tuple[str, Any, int | None, int]] = []
         # The ids of all layers that have been seen to be called.
         self.called: set[int] = set()
+        # Whether a pass changes variables: known when it is traced; on JAX it never does.
+        self._writes = [False] if compat.backend_of(model) == "jax" else []
         self._run = _RUNS[compat.backend_of(model)](self, model, kernels, objective, training, compiled)
 
+    @property
+    def is_pure(self) -> bool:
+        """Whether it is known that a pass changes no variable of the model."""
+        return bool(self._writes) and not any(self._writes)
+
     def __call__(self, x: Any, target: Any) -> Pass:
-        """Runs once; `x` and `target` are arrays or nests of arrays. What is one tensor is one array."""
+        """Runs once on tensors or nests of them. What is one tensor is one array, which may share its memory."""
         values, gradients, kernel_gradients, outputs = self._run(x, target)
         values, gradients, kernel_gradients, outputs = (
-            [None if item is None else compat.to_numpy("value", item) for item in items]
+            [None if item is None else compat.view(item) for item in items]
             for items in (values, gradients, kernel_gradients, outputs)
         )
         seen = [
@@ -114,15 +121,21 @@ def _of_tensorflow(
         found = tape.gradient(value, wanted + sources)
         found = [None if g is None else tf.convert_to_tensor(g) for g in found]
         gradients = dict(zip(map(id, wanted), found, strict=False))
+        if compiled:
+            probe._writes.append(_has_writes(compat.current_trace()))
         return values, [gradients.get(id(post)) for post in posts], found[len(wanted) :], tf.nest.flatten(outputs)
 
-    if compiled:
-        run = tf.function(run, autograph=False)
+    return tf.function(run, autograph=False) if compiled else run
 
-    def at(x: Any, target: Any) -> Any:
-        return run(*tf.nest.map_structure(tf.convert_to_tensor, (x, target)))
 
-    return at
+def _has_writes(graph: Any) -> bool:
+    """Whether a graph of TensorFlow has an operation that may change a variable."""
+    definition = graph.as_graph_def()
+    names = {
+        node.op for nodes in (definition.node, *(f.node_def for f in definition.library.function)) for node in nodes
+    }
+    names -= {"ReadVariableOp", "ResourceGather", "ResourceGatherNd"}
+    return any(name.startswith(("Assign", "Resource", "Rng", "Scatter")) for name in names)
 
 
 def _of_jax(probe: Probe, model: Any, kernels: list[Any], objective: Objective, training: bool, compiled: bool) -> Any:
@@ -169,7 +182,6 @@ def _of_jax(probe: Probe, model: Any, kernels: list[Any], objective: Objective, 
 
     def at(x: Any, target: Any) -> Any:
         values = [variable.value for variable in trainable + others]
-        x, target = tree.tree_map(jnp.asarray, (x, target))
         found, gradients, of_kernels, outputs = backward([values[index] for index in wanted], values, x, target)
         return found, [None if index is None else gradients[index] for index in order], of_kernels, outputs
 
@@ -185,7 +197,6 @@ def _of_torch(
     sources = [kernel.value for kernel in kernels]
 
     def run(x: Any, target: Any) -> Any:
-        x, target = keras.tree.map_structure(keras.ops.convert_to_tensor, (x, target))
         for value in keras.tree.flatten(x):
             if value.is_floating_point():
                 value.requires_grad_()

@@ -39,9 +39,12 @@ class Samples:
     def batches(self) -> Iterator[tuple[Any, Any, int]]:
         """(x, y, number of samples) of each batch; y is None without targets."""
         for start in range(0, self.count, self._batch_size):
-            part = slice(start, min(start + self._batch_size, self.count))
-            y = None if self.y is None else _map(lambda array: array[part], self.y)
-            yield _map(lambda array: array[part], self.x), y, part.stop - part.start
+            stop = min(start + self._batch_size, self.count)
+            yield _part(self.x, start, stop), None if self.y is None else _part(self.y, start, stop), stop - start
+
+
+def _part(nest: Any, start: int, stop: int) -> Any:
+    return _map(lambda array: array[start:stop], nest)
 
 
 def _map(function: Callable[[Any], Any], nest: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
 
 from keras_sparse_init import compat, traversal
 from keras_sparse_init.arguments import check_seed, is_integer
-from keras_sparse_init.kernel_scale import expected_scales, kernel_values, layout_of, scale_of
+from keras_sparse_init.kernel_scale import effective_values, expected_scales, scale_of
 from keras_sparse_init.layer_sums import LayerSums, NotSeenError, as_matrix, real
 from keras_sparse_init.masked_kernel import masked_kernels
 from keras_sparse_init.moments import Moments
@@ -89,21 +90,31 @@ class Signals:
         seed: int,
         compiled: bool,
     ) -> None:
-        _check_built(model)
+        walked = [((), model), *((path, layer) for path, _, layer in traversal.walk(model))]
+        _check_built(model, [layer for _, layer in walked])
         if not isinstance(training, bool):
             raise ValueError(f"`training` must be a bool. Received: training={training!r}")
         if not is_integer(batch_size) or batch_size < 1:
             raise ValueError(f"`batch_size` must be a positive int. Received: batch_size={batch_size!r}")
         self._model, self._training = model, training
-        self._samples = Samples(model, x, y, loss, int(batch_size))
-        self._objective = Objective(model, self._samples, loss, check_seed(seed))
+        samples = Samples(model, x, y, loss, int(batch_size))
+        self._count = samples.count
+        self._objective = Objective(model, samples, loss, check_seed(seed))
+        batches = (
+            (compat.tensors_for(model, x), compat.tensors_for(model, target), count)
+            for x, target, count in self._objective.batches()
+        )
+        # Kept for the next measurement.
+        self._batches = list(batches) if compiled else batches
         self._places = traversal.kernels_of(model)
+        self._owners = {id(place.owner) for place in self._places}
+        self._expected_calls = _expected_calls(walked[1:])
         kernels = [place.kernel for place in self._places]
         self._probe = Probe(model, kernels, self._objective, training, compiled)
         # What the masks connect, and the scales expected for them, are found anew only when masks have changed.
         self._masks: list[np.ndarray] | None = None
         self._topology = Topology((), {})
-        self._expected: dict[str, tuple[float | None, float | None]] = {}
+        self._expected: list[tuple[float | None, float | None]] = []
 
     def measure(self) -> SignalReport:
         """Measures the model as it is now."""
@@ -111,11 +122,11 @@ class Signals:
         not_seen: dict[str, str] = {}
         gradients: list[np.ndarray | None] = [None] * len(self._places)
         outputs: list[Moments] = []
-        factor = np.float32(self._objective.factor)
-        with left_as_it_is(self._model):
-            for x, target, count in self._objective.batches():
+        factor = self._objective.factor
+        with contextlib.nullcontext() if self._probe.is_pure else left_as_it_is(self._model):
+            for x, target, count in self._batches:
                 result = self._probe(x, target)
-                cache: dict[Any, Any] = {}
+                cache: dict[int, Any] = {}
                 for seen in result.seen:
                     try:
                         sums = LayerSums.of(seen, count, factor, cache)
@@ -125,23 +136,23 @@ class Signals:
                     layers[seen.name] = layers[seen.name].merged(sums) if seen.name in layers else sums
                 for i, gradient in enumerate(result.kernel_gradients):
                     if gradient is not None:
-                        gradient = real(gradient) / factor
+                        gradient = real(gradient) / np.float32(factor)
                         gradients[i] = gradient if gradients[i] is None else gradients[i] + gradient
                 found = [Moments.of(as_matrix(output, count)) for output in result.outputs]
                 outputs = [a.merged(b) for a, b in zip(outputs, found, strict=True)] if outputs else found
         # Each output counts by its entries.
         whole = Moments(
-            self._samples.count,
+            self._count,
             np.concatenate([output.mean for output in outputs]),
             np.concatenate([output.squares for output in outputs]),
         )
         kernels = self._kernels(gradients)
         return SignalReport(
             model=self._model.name,
-            samples=self._samples.count,
+            samples=self._count,
             training=self._training,
             gradient_of=self._objective.name,
-            layers=tuple(sums.signal(name) for name, sums in layers.items()),
+            layers=tuple(sums.signal(name, id(sums.layer) in self._owners) for name, sums in layers.items()),
             kernels=kernels,
             outputs=tuple(output.spread() for output in outputs),
             output_std=whole.spread().std,
@@ -152,22 +163,25 @@ class Signals:
         )
 
     def _kernels(self, gradients: list[np.ndarray | None]) -> tuple[KernelSignal, ...]:
-        masked = {id(_raw(kernel.kernel)): kernel for kernel in masked_kernels(self._model)}
-        masks = {key: kernel.mask_value() for key, kernel in masked.items()}
-        now = list(masks.values())
-        if self._masks is None or not all(map(np.array_equal, now, self._masks)):
+        masked = masked_kernels(self._model)
+        masks = [kernel.mask_value() for kernel in masked]
+        if self._masks is None or not all(map(np.array_equal, masks, self._masks)):
             # Copies: on a CPU they may share the memory of the variables.
-            self._masks = [mask.copy() for mask in now]
+            self._masks = [mask.copy() for mask in masks]
             self._topology = topology(self._model)
-            self._expected = {kernel.name: expected_scales(kernel, masks[key]) for key, kernel in masked.items()}
-        by_name = {entry.name: entry for entry in self._topology.kernels}
+            self._expected = [expected_scales(kernel, mask) for kernel, mask in zip(masked, masks, strict=True)]
+        values = effective_values(self._model, masked)
+        entries = {
+            id(_raw(kernel.kernel)): (kernel, mask, scale_of(value, mask, kernel.layout), expected, connected)
+            for kernel, mask, value, expected, connected in zip(
+                masked, masks, values, self._expected, self._topology.kernels, strict=True
+            )
+        }
         found = []
-        for place, gradient, values in zip(
-            self._places, gradients, kernel_values(self._model, self._places), strict=True
-        ):
-            key = id(_raw(place.kernel))
-            kernel, mask = masked.get(key), masks.get(key)
-            scale_for_mask, scale_as_dense = (None, None) if kernel is None else self._expected[kernel.name]
+        for place, gradient in zip(self._places, gradients, strict=True):
+            kernel, mask, scale, expected, connected = entries.get(
+                id(_raw(place.kernel)), (None, None, None, (None, None), None)
+            )
             spread = flow = None
             if gradient is not None:
                 active = gradient if mask is None else gradient[mask]
@@ -181,33 +195,38 @@ class Signals:
                     gradient_mean=None if spread is None else spread.mean,
                     gradient_std=None if spread is None else spread.std,
                     gradient_flow=flow,
-                    scale=scale_of(values, mask, layout_of(place)),
-                    scale_for_mask=scale_for_mask,
-                    scale_as_dense=scale_as_dense,
-                    topology=None if kernel is None else by_name[kernel.name],
+                    scale=scale,
+                    scale_for_mask=expected[0],
+                    scale_as_dense=expected[1],
+                    topology=connected,
                 )
             )
         return tuple(found)
 
     def _not_called(self) -> dict[str, str]:
         """The layers that have not been seen to be called, with the reason."""
-        found, loops = {}, {}
-        for path, _, layer in traversal.walk(self._model):
-            name = "/".join(path)
-            inside = [below for _, _, below in traversal.walk(layer)]
-            if compat.runs_loop(layer):
-                loops.update({id(below): name for below in inside})
-            if id(layer) in loops:
-                found[name] = f"inside the loop over time of {loops[id(layer)]!r}"
-            elif id(layer) not in self._probe.called and not inside and not compat.is_input(layer):
-                found[name] = "not called, or inside a function of its own"
-        return found
+        called = self._probe.called
+        return {name: why for name, layer, why in self._expected_calls if id(layer) not in called}
 
 
-def _check_built(model: Any) -> None:
-    compat.library_of(model)
-    for layer in [model, *(layer for _, _, layer in traversal.walk(model))]:
-        if layer is model and not model.built or traversal.is_layer_wrapper(layer) and not layer.built:
+def _expected_calls(walked: list[tuple[tuple[str, ...], Any]]) -> list[tuple[str, Any, str]]:
+    """(name, layer, why it is not seen when it is not) for each layer that is made of no others."""
+    found, loops = [], {}
+    for path, layer in walked:
+        name = "/".join(path)
+        inside = list(layer._flatten_layers(include_self=False))
+        if compat.runs_loop(layer):
+            loops.update({id(below): name for below in inside})
+        if id(layer) in loops:
+            found.append((name, layer, f"inside the loop over time of {loops[id(layer)]!r}"))
+        elif not inside and not compat.is_input(layer):
+            found.append((name, layer, "not called, or inside a function of its own"))
+    return found
+
+
+def _check_built(model: Any, layers: list[Any]) -> None:
+    for layer in layers:
+        if not layer.built and (layer is model or traversal.is_layer_wrapper(layer)):
             raise ValueError(
                 f"`model` must be built. Received: {layer.name!r} without weights yet. Call the model on data, or give "
                 "its first layer an input shape"

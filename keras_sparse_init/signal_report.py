@@ -72,10 +72,11 @@ class KernelSignal:
         gradient_mean: Mean of its gradient, over the weights on the mask; None where nothing depends on it.
         gradient_std: Standard deviation of it.
         gradient_flow: sum (g m)^2 over its weights, g the gradient and m the mask (1 without a mask).
-        scale: Sum of the squares of the weights into a unit, mean over the units that have any. He: 2.
+        scale: Sum of the squares of the weights into a unit, mean over the units that have any; He: 2. None without
+            mask.
         scale_for_mask: What `scale` would be on average, had the layer's initializer drawn the kernel for its mask.
-        scale_as_dense: What it would be, had it drawn the kernel as if it were dense. None without mask or where the
-            initializer has no variance.
+        scale_as_dense: What it would be, had it drawn the kernel as if it were dense. Both None where the initializer
+            has no variance.
         topology: What the mask connects; None without a mask.
     """
 

@@ -8,8 +8,6 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from keras_sparse_init import compat, traversal
 
 Replace = Callable[[str, int, str, Any], Any]
@@ -110,12 +108,12 @@ def left_as_it_is(model: Any) -> Iterator[None]:
 
     A forward pass alone changes some: tfmot's wrappers mask their kernels in place, stateful layers go on.
     """
-    before = [(variable, np.array(compat.to_numpy("weight", variable))) for variable in traversal.variables(model)]
+    before = [(variable, compat.kept_value(variable)) for variable in traversal.variables(model)]
     try:
         yield
     finally:
         for variable, value in before:
-            compat.assign(variable, value)
+            compat.put_back(variable, value)
 
 
 def _places(model: Any) -> list[tuple[str, Any]]:
