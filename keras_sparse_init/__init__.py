@@ -17,6 +17,8 @@ _HOME = {
     "MagnitudePruning": "pruning",
     "Masked": "layers",
     "PolynomialDecay": "pruning",
+    "SignalMonitor": "signal_monitor",
+    "SignalReport": "signal_report",
     "SparseGlorotNormal": "initializers",
     "SparseGlorotUniform": "initializers",
     "SparseHeNormal": "initializers",

@@ -53,7 +53,7 @@ class LayerSums:
             layer=seen.layer,
             pre=None if seen.pre is None else parts(seen.pre).moments,
             post=parts(seen.post).moments,
-            zeros=None if seen.pre is None else Zeros.of(parts(seen.post).values),
+            zeros=None if seen.pre is None or seen.pre is seen.post else Zeros.of(parts(seen.post).values),
             directions=parts(first).directions,
             gradient=gradient,
             pre_shape=_sample_shape(first, count),
@@ -110,19 +110,14 @@ class _Parts:
         self.values = values
 
     @functools.cached_property
-    def _squared(self) -> np.ndarray:
-        with np.errstate(all="ignore"):
-            return np.square(self.values)
-
-    @functools.cached_property
     def moments(self) -> Moments:
         """The moments of its positions."""
-        return Moments.of(self.values, self._squared)
+        return Moments.of(self.values)
 
     @functools.cached_property
     def directions(self) -> Directions:
         """The directions of its samples."""
-        return Directions.of(self.values, self._squared)
+        return Directions.of(self.values)
 
 
 def real(values: np.ndarray) -> np.ndarray:

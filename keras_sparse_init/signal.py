@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_sparse_init import compat, traversal
 from keras_sparse_init.arguments import check_seed, is_integer
+from keras_sparse_init.jacobian import singular_values
 from keras_sparse_init.kernel_scale import effective_values, expected_scales, scale_of
 from keras_sparse_init.layer_sums import LayerSums, NotSeenError, as_matrix, real
 from keras_sparse_init.masked_kernel import masked_kernels
@@ -30,6 +31,7 @@ def measure_signal(
     *,
     batch_size: int = 1024,
     seed: int = 0,
+    jacobian: bool = False,
 ) -> SignalReport:
     """What goes through a model, forward and backward, layer by layer, and what its masks connect.
 
@@ -48,6 +50,8 @@ def measure_signal(
         batch_size: How many samples run at a time. The result does not depend on it, save as batch normalization in
             training does.
         seed: Non-negative int from which the random output gradients are drawn.
+        jacobian: Whether to find the singular values of each sample's input-output Jacobian: for a model with one
+            input and one output, at the cost of a backward pass for each output. Give few samples.
 
     Returns:
         A `SignalReport`.
@@ -69,7 +73,8 @@ def measure_signal(
     Reference:
         Evci et al. 2020, arXiv:2010.03533: gradient flow, and what a mask-blind initialization does to the signal.
     """
-    return Signals(model, x, y, loss, training, batch_size=batch_size, seed=seed, compiled=False).measure()
+    signals = Signals(model, x, y, loss, training, batch_size=batch_size, seed=seed, jacobian=jacobian, compiled=False)
+    return signals.measure()
 
 
 class Signals:
@@ -88,15 +93,17 @@ class Signals:
         *,
         batch_size: int,
         seed: int,
-        compiled: bool,
+        jacobian: bool = False,
+        compiled: bool = False,
     ) -> None:
         walked = [((), model), *((path, layer) for path, _, layer in traversal.walk(model))]
         _check_built(model, [layer for _, layer in walked])
-        if not isinstance(training, bool):
-            raise ValueError(f"`training` must be a bool. Received: training={training!r}")
+        for name, value in (("training", training), ("jacobian", jacobian)):
+            if not isinstance(value, bool):
+                raise ValueError(f"`{name}` must be a bool. Received: {name}={value!r}")
         if not is_integer(batch_size) or batch_size < 1:
             raise ValueError(f"`batch_size` must be a positive int. Received: batch_size={batch_size!r}")
-        self._model, self._training = model, training
+        self._model, self._training, self._jacobian = model, training, jacobian
         samples = Samples(model, x, y, loss, int(batch_size))
         self._count = samples.count
         self._objective = Objective(model, samples, loss, check_seed(seed))
@@ -122,6 +129,7 @@ class Signals:
         not_seen: dict[str, str] = {}
         gradients: list[np.ndarray | None] = [None] * len(self._places)
         outputs: list[Moments] = []
+        values: list[np.ndarray] = []
         factor = self._objective.factor
         with contextlib.nullcontext() if self._probe.is_pure else left_as_it_is(self._model):
             for x, target, count in self._batches:
@@ -138,6 +146,8 @@ class Signals:
                     if gradient is not None:
                         gradient = real(gradient) / np.float32(factor)
                         gradients[i] = gradient if gradients[i] is None else gradients[i] + gradient
+                if self._jacobian:
+                    values.append(singular_values(self._model, x, self._training))
                 found = [Moments.of(as_matrix(output, count)) for output in result.outputs]
                 outputs = [a.merged(b) for a, b in zip(outputs, found, strict=True)] if outputs else found
         # Each output counts by its entries.
@@ -160,6 +170,7 @@ class Signals:
             effective_sparsity=self._topology.effective_sparsity if self._topology.kernels else None,
             not_seen={**not_seen, **self._not_called()},
             not_read=self._topology.not_read,
+            singular_values=tuple(map(tuple, np.concatenate(values).tolist())) if values else None,
         )
 
     def _kernels(self, gradients: list[np.ndarray | None]) -> tuple[KernelSignal, ...]:
