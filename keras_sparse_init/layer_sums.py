@@ -53,7 +53,7 @@ class LayerSums:
             layer=seen.layer,
             pre=None if seen.pre is None else parts(seen.pre).moments,
             post=parts(seen.post).moments,
-            zeros=None if seen.pre is None or seen.pre is seen.post else Zeros.of(parts(seen.post).values),
+            zeros=None if seen.pre is None or _is_linear(seen.layer) else Zeros.of(parts(seen.post).values),
             directions=parts(first).directions,
             gradient=gradient,
             pre_shape=_sample_shape(first, count),
@@ -118,6 +118,12 @@ class _Parts:
     def directions(self) -> Directions:
         """The directions of its samples."""
         return Directions.of(self.values)
+
+
+def _is_linear(layer: Any) -> bool:
+    activation = getattr(layer, "activation", None)
+    # A layer whose kind is an activation (ReLU) has no attribute of that name.
+    return hasattr(layer, "activation") and (activation is None or compat.is_linear(activation))
 
 
 def real(values: np.ndarray) -> np.ndarray:

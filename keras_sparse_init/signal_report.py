@@ -28,7 +28,8 @@ class LayerSignal:
         size: Number of values of a sample: units times positions.
         pre: Of the pre-activations: what the layer's activation was given; None for a layer without one.
         post: Of the activations: what came out of it; of a layer without an activation, its output.
-        zero_fraction: Fraction of activations that are exactly 0; None for a layer without an activation, or a linear one.
+        zero_fraction: Fraction of activations that are exactly 0; this and the next two are None for a layer without
+            an activation, or with a linear one.
         dead_units: Units that are 0 for every sample, everywhere.
         always_on_units: Units that are 0 for no sample, nowhere.
         cosine: Mean cosine of the angle between the pre-activations (else outputs) of two samples.

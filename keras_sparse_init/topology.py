@@ -221,7 +221,7 @@ class _Graph:
             return None
         rank = len(shapes[0])
         channels_first = getattr(layer, "data_format", None) == "channels_first"
-        axis = 0 if channels_first else rank - 1
+        axis = 0 if channels_first else -1
         if kinds & _POOLED:
             return [Pooled(inputs, outputs, shapes, axis)] if rank > 1 else None
         if "Permute" in kinds:

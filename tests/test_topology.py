@@ -19,7 +19,7 @@ def _convnet(library):
     images, tokens = L.Input((8, 8, 4)), L.Input((3,), dtype="int32")
     h = L.Conv2D(6, 3, activation="relu", name="conv")(images)
     h = L.BatchNormalization(name="norm")(h)
-    h = L.AveragePooling2D()(L.ZeroPadding2D(1)(h))
+    h = L.AveragePooling2D(2)(L.ZeroPadding2D(1)(h))
     shared = L.SeparableConv2D(6, 1, name="separable")
     h = L.Add()([h, shared(shared(h))])
     h = L.Conv2D(8, 2, groups=2, name="grouped")(h)
