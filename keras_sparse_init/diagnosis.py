@@ -52,11 +52,17 @@ def _changes(
     report: Any, what: str, verbs: tuple[str, str], size: Callable[[Any], float | None], back: bool = False
 ) -> Iterator[str]:
     """The largest shrinking and the largest growth between two layers with kernels, one after the other."""
-    entries = [(layer.name, size(layer)) for layer in report.layers if layer.has_kernel]
-    entries = [(name, value) for name, value in entries if value is not None and math.isfinite(value)]
+    # A normalization, None here, sets the size anew: what is before it cannot be held against what is after.
+    normalized = [layer.has_kernel or "Normalization" in layer.kind for layer in report.layers]
+    layers = [layer for layer, counts in zip(report.layers, normalized, strict=True) if counts]
+    entries = [(layer.name, size(layer) if layer.has_kernel else None) for layer in layers]
+    entries = [(name, value) for name, value in entries if value is None or math.isfinite(value)]
     for verb, sign in zip(verbs, (1.0, -1.0), strict=True):
         best, start = (0.0, "", ""), None
         for name, value in reversed(entries) if back else entries:
+            if value is None:
+                start = None
+                continue
             level = sign * (math.log(value) if value > 0 else -math.inf)
             if start is not None and start[1] - level > best[0]:
                 best = (start[1] - level, start[0], name)

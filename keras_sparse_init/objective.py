@@ -64,6 +64,8 @@ class Objective:
             with left_as_it_is(self._model):
                 outputs = self._model(compat.tensors_for(self._model, x), training=False)
             self._shapes = [tuple(output.shape)[1:] for output in _floating(outputs)]
+            if not self._shapes:
+                raise ValueError(f"`model` must put out floating numbers. Received: outputs {outputs}")
         return self._shapes
 
 

@@ -56,6 +56,8 @@ class Probe:
         self._places: list[tuple[str, Any, int | None, int]] = []
         # The ids of all layers that have been seen to be called.
         self.called: set[int] = set()
+        # Names of the calls that no dense tensor came out of, with the reason why they are not seen.
+        self.without_tensor: dict[str, str] = {}
         # Whether a pass changes variables: known when it is traced; on JAX it never does.
         self._writes = [False] if compat.backend_of(model) == "jax" else []
         self._run = _RUNS[compat.backend_of(model)](self, model, kernels, objective, training, compiled)
@@ -89,7 +91,10 @@ class Probe:
             if _repeats(item, values):
                 continue
             name = item.name if names.count(item.name) == 1 else f"{item.name} ({item.call + 1})"
-            for i, post in enumerate(compat.tensors_of(item.post)):
+            leaves = compat.tensors_of(item.post)
+            if not leaves:
+                self.without_tensor[name] = f"its output is no dense tensor: {type(item.post).__name__}"
+            for i, post in enumerate(leaves):
                 pre = item.pre if i == 0 else None
                 for tensor in (pre, post):
                     if tensor is not None and id(tensor) not in values:

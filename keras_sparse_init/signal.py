@@ -96,6 +96,7 @@ class Signals:
         jacobian: bool = False,
         compiled: bool = False,
     ) -> None:
+        compat.library_of(model)
         walked = [((), model), *((path, layer) for path, _, layer in traversal.walk(model))]
         _check_built(model, [layer for _, layer in walked])
         for name, value in (("training", training), ("jacobian", jacobian)):
@@ -114,7 +115,8 @@ class Signals:
         # Kept for the next measurement.
         self._batches = list(batches) if compiled else batches
         self._places = traversal.kernels_of(model)
-        self._owners = {id(place.owner) for place in self._places}
+        # An embedding looks its rows up: how large they are says nothing of a layer before.
+        self._owners = {id(place.owner) for place in self._places if "embeddings" not in place.attribute}
         self._expected_calls = _expected_calls(walked[1:])
         kernels = [place.kernel for place in self._places]
         self._probe = Probe(model, kernels, self._objective, training, compiled)
@@ -148,7 +150,8 @@ class Signals:
                         gradients[i] = gradient if gradients[i] is None else gradients[i] + gradient
                 if self._jacobian:
                     values.append(singular_values(self._model, x, self._training))
-                found = [Moments.of(as_matrix(output, count)) for output in result.outputs]
+                floating = [output for output in result.outputs if compat.is_floating(output)]
+                found = [Moments.of(as_matrix(output, count)) for output in floating]
                 outputs = [a.merged(b) for a, b in zip(outputs, found, strict=True)] if outputs else found
         # Each output counts by its entries.
         whole = Moments(
@@ -168,7 +171,7 @@ class Signals:
             output_std=whole.spread().std,
             output_is_constant=whole.is_constant(),
             effective_sparsity=self._topology.effective_sparsity if self._topology.kernels else None,
-            not_seen={**not_seen, **self._not_called()},
+            not_seen={**not_seen, **self._probe.without_tensor, **self._not_called()},
             not_read=self._topology.not_read,
             singular_values=tuple(map(tuple, np.concatenate(values).tolist())) if values else None,
         )

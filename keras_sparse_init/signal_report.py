@@ -121,6 +121,19 @@ class SignalReport:
         not_seen: Names of layers of which nothing is seen, or not all, with the reason.
         not_read: Names of layers through which the masks' connections cannot be read, with the reason.
         singular_values: Of the input-output Jacobian of each sample, largest first; None when not asked for.
+
+    Example:
+        >>> import keras, numpy as np
+        >>> from keras_sparse_init import measure_signal
+        >>> dense = keras.layers.Dense(2, "relu", kernel_initializer="ones", name="dense")
+        >>> model = keras.Sequential([keras.layers.Input((3,)), dense], name="small")
+        >>> report = measure_signal(model, np.array([[1.0, 2.0, 3.0], [-3.0, -2.0, 1.0]]))
+        >>> report["dense"].pre.mean, report["dense"].zero_fraction
+        (1.0, 0.5)
+        >>> print(report)  # doctest: +ELLIPSIS
+        small: 2 samples, as in prediction, gradients of random output gradients
+        layer  units  pre std  std  unit std  zeros  dead  cosine  gradient std
+        dense      2        5    3         3  50.0%     0  -1.000  ...
     """
 
     model: str

@@ -69,7 +69,7 @@ def test_dead_units_a_dead_output_and_one_direction_are_named():
     assert _has(faults, "100 of 100 units of 'd1'")
     assert _has(faults, "The output is the same for all samples")
     model.get_layer("d1").bias.assign(np.full(100, 1e3))
-    assert _has(measure_signal(model, _X).diagnose(), "same direction at 'd1' and after", "0.999")
+    assert _has(measure_signal(model, _X).diagnose(), "same direction at 'd1' and after", "1.0000")
 
 
 def test_what_is_not_finite_is_named():

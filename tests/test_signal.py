@@ -103,9 +103,12 @@ def test_weights_states_and_layers_are_left_as_they_are(library, training):
     )
     x = _RANDOM.normal(size=(16, 5, 4)).astype(np.float32)
     model(x[:8])  # A state that is not 0.
-    before, attributes = _values(model), [dict(vars(layer)) for layer in model.layers]
+    state = model.layers[0].states[0]
+    before, state_before = _values(model), np.array(compat.to_numpy("state", state))
+    attributes = [dict(vars(layer)) for layer in model.layers]
     reports = [measure_signal(model, x, training=training, batch_size=8) for _ in range(2)]
     _assert_same(model, before)
+    np.testing.assert_array_equal(compat.to_numpy("state", state), state_before)
     for layer, expected in zip(model.layers, attributes, strict=True):
         assert {k: id(v) for k, v in vars(layer).items()}.keys() == expected.keys()
         assert vars(layer).get("activation") is expected.get("activation")
@@ -148,6 +151,10 @@ def test_every_call_of_a_shared_layer_and_layers_of_nested_and_subclassed_models
         def __init__(self):
             super().__init__(name="block")
             self.dense, self.unused = L.Dense(6, "tanh", name="dense"), L.Dense(2, name="unused")
+
+        def build(self, input_shape):
+            self.dense.build(input_shape)
+            self.built = True
 
         def call(self, x):
             return {"sum": self.dense(x) + x, "twice": 2 * x}
