@@ -461,8 +461,10 @@ def is_input(layer: Any) -> bool:
 
 def unit_axis(layer: Any, rank: int) -> int:
     """The axis of the units in a sample of this rank that a layer puts out, counted from the end."""
-    data_format = getattr(layer, "data_format", None) or library_of(layer).backend.image_data_format()
-    return -rank if data_format == "channels_first" and rank > 2 else -1
+    own = getattr(layer, "data_format", None)
+    if own is None and rank > 2:
+        own = library_of(layer).backend.image_data_format()
+    return -rank if own == "channels_first" and rank > 1 else -1
 
 
 def iterations(model: Any) -> int:

@@ -66,7 +66,7 @@ def _changes(
             level = sign * (math.log(value) if value > 0 else -math.inf)
             if start is not None and start[1] - level > best[0]:
                 best = (start[1] - level, start[0], name)
-            if level > -math.inf and (start is None or level > start[1]):
+            if math.isfinite(level) and (start is None or level > start[1]):
                 start = (name, level)
         change, first, last = best
         if change > math.log(_FACTOR):

@@ -7,6 +7,7 @@ that the numbers are those of all samples at once, up to rounding.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -66,10 +67,13 @@ class Moments:
         """The moments of all entries of an array together: one position, of which the entries are samples."""
         flat = values.reshape(-1)
         with np.errstate(all="ignore"):
-            mean = np.array([flat.sum(dtype=flat.dtype)], np.float64) / flat.size
-            squares = np.array([flat @ flat], np.float64) - flat.size * mean**2
-            _centre(flat.reshape(-1, 1), mean, squares)
-            if _is_extreme(flat, mean, squares / flat.size):
+            mean = float(flat.sum()) / max(flat.size, 1)
+            squares = float(flat @ flat) - flat.size * mean**2
+            if squares * _OUTWEIGHED < flat.size * mean**2:
+                centred = flat - flat.dtype.type(mean)
+                squares = float(centred @ centred)
+            mean, squares = np.array([mean]), np.array([squares])
+            if _is_extreme(flat, mean, squares / max(flat.size, 1)):
                 return cls.of_all(flat.astype(np.float64))
             return cls(flat.size, mean, squares)
 
@@ -208,5 +212,5 @@ def _is_extreme(values: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> b
     """Whether float32 has not room for the squares of these values; NaN and infinity it has."""
     if values.dtype == np.float64:
         return False
-    size = float(np.sqrt(np.max(mean**2 + variance, initial=0.0)))
+    size = math.sqrt((mean * mean + variance).max(initial=0.0))
     return not _SMALL < size < 1 / _SMALL and (size != 0 or bool(values.any())) and bool(np.isfinite(values).all())

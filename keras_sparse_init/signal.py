@@ -46,7 +46,7 @@ def measure_signal(
             each. Gradients are those of its mean over all samples. None: those of sum(g * outputs), g drawn from
             N(0, 1).
         training: Whether the model runs as in training: with dropout, and with batch normalization by the statistics of
-            each batch.
+            each batch. (The dropout of tf_keras draws from TensorFlow's global generator; that of Keras 3 is put back.)
         batch_size: How many samples run at a time. The result does not depend on it, save as batch normalization in
             training does.
         seed: Non-negative int from which the random output gradients are drawn.
@@ -68,7 +68,7 @@ def measure_signal(
         >>> model = keras.Sequential([L.Input((100,)), *dense])
         >>> report = measure_signal(model, np.random.default_rng(0).normal(size=(500, 100)))
         >>> round(report["d2"].pre.std, 1), report["d2"].dead_units, report.diagnose()
-        (1.3, 0, [])
+        (1.4, 0, [])
 
     Reference:
         Evci et al. 2020, arXiv:2010.03533: gradient flow, and what a mask-blind initialization does to the signal.
@@ -146,7 +146,7 @@ class Signals:
                     layers[seen.name] = layers[seen.name].merged(sums) if seen.name in layers else sums
                 for i, gradient in enumerate(result.kernel_gradients):
                     if gradient is not None:
-                        gradient = real(gradient) / np.float32(factor)
+                        gradient = real(gradient) if factor == 1 else real(gradient) / np.float32(factor)
                         gradients[i] = gradient if gradients[i] is None else gradients[i] + gradient
                 if self._jacobian:
                     values.append(singular_values(self._model, x, self._training))
@@ -199,8 +199,8 @@ class Signals:
             spread = flow = None
             if gradient is not None:
                 active = gradient if mask is None else gradient[mask]
-                spread = Moments.of_all(active).spread()
-                flow = active.size * spread.rms**2
+                spread = Moments.of_all(active).spread() if active.size else None
+                flow = active.size * spread.rms**2 if spread else 0.0
             found.append(
                 KernelSignal(
                     name=place.path if kernel is None else kernel.name,
