@@ -24,7 +24,7 @@ class Objective:
 
     def __init__(self, model: Any, samples: Samples, loss: Any, seed: int) -> None:
         self._model, self._samples, self._seed = model, samples, seed
-        self._loss = None if loss is None else compat.library_of(model).losses.get(loss)
+        self._loss = None if loss is None else _check_loss(model, loss)
         self.name = "random output gradients" if loss is None else "the loss"
         self.factor = 1.0 if loss is None else 2.0 ** math.ceil(math.log2(samples.count))
         self._shapes: list[tuple[int, ...]] | None = None
@@ -67,6 +67,18 @@ class Objective:
             if not self._shapes:
                 raise ValueError(f"`model` must put out floating numbers. Received: outputs {outputs}")
         return self._shapes
+
+
+def _check_loss(model: Any, loss: Any) -> Any:
+    try:
+        found = compat.library_of(model).losses.get(loss() if isinstance(loss, type) else loss)
+    except (TypeError, ValueError):
+        found = None
+    if not callable(found):
+        raise ValueError(
+            f"`loss` must be a Keras loss, its name, or a function of (y, outputs). Received: loss={loss!r}"
+        )
+    return found
 
 
 def _floating(outputs: Any) -> list[Any]:

@@ -45,6 +45,7 @@ ORDER = (
     "moments",
     "connectivity",
     "links",
+    "graph",
     "topology",
     "kernel_scale",
     "diagnosis",

@@ -236,7 +236,7 @@ def test_losses_of_all_kinds_mean_the_same(library):
         return ((outputs - y) ** 2)[..., 0] / 3 + ((outputs - y) ** 2)[..., 1] / 3 + ((outputs - y) ** 2)[..., 2] / 3
 
     mean, summed = library.losses.MeanSquaredError(), library.losses.MeanSquaredError(reduction="sum")
-    for loss, factor in ((mean, 1), (by_hand, 1), (summed, 40)):
+    for loss, factor in ((mean, 1), (library.losses.MeanSquaredError, 1), (by_hand, 1), (summed, 40)):
         found = _flat(measure_signal(model, _X.astype(np.float64), _Y.tolist(), loss, batch_size=15))
         for key in (("a", "gradient_std"), ("a/kernel", "gradient_std")):
             assert found[key] == pytest.approx(factor * expected[key], rel=1e-4)
@@ -276,6 +276,7 @@ def test_bad_arguments_are_named(library):
         ((model, np.float32(3)), {}, "`x` must have samples"),
         ((model, _X, _Y), {}, "`y` without `loss`"),
         ((model, _X), {"loss": "mse"}, "`loss` without `y`"),
+        ((model, _X, _Y, "nonsense"), {}, "`loss` must be a Keras loss, its name, or a function"),
         ((model, _X, _Y[:7], "mse"), {}, "`y` must have as many samples as `x`. Received: 7 and 40"),
         ((model, [_X, _X[:3]]), {}, "must have as many samples each"),
         ((model, _X), {"training": 1}, "`training` must be a bool"),

@@ -135,3 +135,19 @@ def test_a_subclassed_model_has_masks_but_no_graph(library):
 def test_a_dense_model_has_no_masks():
     found = topology(keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(2)]))
     assert (found.kernels, found.not_read, found.sparsity, found.effective_sparsity) == ((), {}, 0.0, 0.0)
+
+
+def test_every_call_of_a_nested_model_and_lengths_that_are_not_known_are_read():
+    L = keras.layers
+    mask = np.zeros((4, 4))
+    mask[0, 1] = mask[1, 2] = 1  # Twice: from 0 to 2 alone.
+    inner = keras.Sequential([L.Input((None, 4)), Masked(L.Conv1D(4, 1, name="in_it"), mask=mask[None])], name="inner")
+    inputs = L.Input((None, 4))
+    h = L.GlobalMaxPooling1D()(inner(inner(inputs)))
+    model = keras.Model(inputs, Masked(L.Dense(1, name="out"), mask=np.ones((4, 1)))(h))
+    found = topology(model)
+    assert found.not_read == {}
+    entry, out = found.kernels
+    # What a unit is cut off from in every call counts, not in one.
+    assert (entry.off_input, entry.off_output, entry.effective_nonzeros) == (2, 0, 2)
+    assert out.effective_nonzeros == 1
