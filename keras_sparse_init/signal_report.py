@@ -224,16 +224,25 @@ def _lines_of_kernels(report: SignalReport) -> Iterator[str]:
     header = ["kernel", "shape", "gradient std", "gradient flow"]
     masked = any(kernel.topology is not None for kernel in report.kernels)
     if masked:
-        header += ["sparsity", "effective", "fan-in min", "median", "max", "no input", "no output", "off path"]
+        header += [
+            "sparsity",
+            "effective",
+            "fan-in min",
+            "median",
+            "max",
+            "no input",
+            "no output",
+            "off input",
+            "off output",
+        ]
     rows = []
     for kernel in report.kernels:
         row = [kernel.name, "x".join(map(str, kernel.shape))]
         row += [number(kernel.gradient_std), number(kernel.gradient_flow)]
         topology = kernel.topology
         if masked and topology is None:
-            row += [""] * 8
+            row += [""] * 9
         elif masked:
-            off = (topology.off_input, topology.off_output)
             effective = topology.effective_sparsity
             row += [
                 f"{topology.sparsity:.2%}",
@@ -241,7 +250,7 @@ def _lines_of_kernels(report: SignalReport) -> Iterator[str]:
                 *(f"{topology.fan_in[i]:g}" for i in (0, 2, 4)),
                 f"{topology.without_input:,} of {topology.units:,}",
                 f"{topology.without_output:,} of {topology.inputs:,}",
-                "?" if None in off else f"{off[0]:,} in, {off[1]:,} out",
+                *("?" if off is None else f"{off:,}" for off in (topology.off_input, topology.off_output)),
             ]
         rows.append(row)
     yield laid_out([header, *rows], left=2)
