@@ -139,6 +139,12 @@ def to_numpy(name: str, value: Any) -> np.ndarray:
         raise ValueError(f"`{name}` must be an array that has a value. Received: {value!r}") from error
 
 
+def view(value: Any) -> np.ndarray:
+    """A tensor as an array that shares its memory where it can, and must not be written to."""
+    # `.numpy()` copies; NumPy does not take a scalar of bfloat16 as it is.
+    return np.asarray(value) if isinstance(value, tf.Tensor) and value.shape.rank else to_numpy("value", value)
+
+
 def to_tensor(values: np.ndarray, dtype: Any) -> Any:
     """Freshly drawn values as a tensor of whoever asks: TensorFlow for tf_keras, else Keras 3's backend.
 
@@ -190,6 +196,19 @@ def _assign(variable: Any, value: Any) -> None:
     copies = getattr(variable, "values", None) if isinstance(variable, tf.Variable) else None
     for part in copies or (variable,):
         part.assign(value)
+
+
+def kept_value(variable: Any) -> Any:
+    """The value of a variable of either Keras as a tensor that keeps it whatever becomes of the variable."""
+    value = own_value(variable)
+    if isinstance(value, tf.Variable):
+        return value.value()  # TensorFlow copies a value that is in use before it writes.
+    return value.clone() if hasattr(value, "clone") else value
+
+
+def put_back(variable: Any, value: Any) -> None:
+    """Gives a variable a value that `kept_value` returned."""
+    _assign(variable, value)
 
 
 def register_in(library: Any, cls: Class) -> Class:
@@ -366,6 +385,7 @@ _TENSORFLOW_OPS = types.SimpleNamespace(
     log=tf.math.log,
     max=tf.reduce_max,
     maximum=tf.maximum,
+    mean=tf.reduce_mean,
     min=tf.reduce_min,
     minimum=tf.minimum,
     ones=tf.ones,
@@ -436,6 +456,40 @@ def loops_only_for_safety(layer: Any) -> bool:
 def current_trace() -> Any:
     """The graph that TensorFlow is building here, or None: tensors of one have no value in another."""
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def tensors_of(nest: Any) -> list[Any]:
+    """The dense tensors of a nest, of whatever backend, in its order."""
+    if isinstance(nest, dict):
+        nest = [nest[key] for key in sorted(nest)]
+    if isinstance(nest, list | tuple):
+        return [tensor for item in nest for tensor in tensors_of(item)]
+    return [nest] if isinstance(nest, tf.Tensor) or keras.ops.is_tensor(nest) else []
+
+
+def is_floating(value: Any) -> bool:
+    """Whether a tensor or array of whatever backend is one of floating numbers."""
+    return "float" in str(getattr(value.dtype, "name", value.dtype))
+
+
+def tensors_for(model: Any, nest: Any) -> Any:
+    """Arrays, or a nest of them, as tensors of the backend of a model."""
+    if library_of(model) is tf_keras:
+        return tf.nest.map_structure(tf.convert_to_tensor, nest)
+    return keras.tree.map_structure(keras.ops.convert_to_tensor, nest)
+
+
+def is_input(layer: Any) -> bool:
+    """Whether a layer stands for an input of a model."""
+    return isinstance(layer, keras.layers.InputLayer | tf_keras.layers.InputLayer)
+
+
+def unit_axis(layer: Any, rank: int) -> int:
+    """The axis of the units in a sample of this rank that a layer puts out, counted from the end."""
+    own = getattr(layer, "data_format", None)
+    if own is None and rank > 2:
+        own = library_of(layer).backend.image_data_format()
+    return -rank if own == "channels_first" and rank > 1 else -1
 
 
 def iterations(model: Any) -> int:

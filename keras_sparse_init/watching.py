@@ -8,8 +8,6 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from keras_sparse_init import compat, traversal
 
 Replace = Callable[[str, int, str, Any], Any]
@@ -113,12 +111,25 @@ def left_as_it_is(model: Any) -> Iterator[None]:
 
     A forward pass alone changes some: tfmot's wrappers mask their kernels in place, stateful layers go on.
     """
-    before = [(variable, np.array(compat.to_numpy("weight", variable))) for variable in traversal.variables(model)]
+    # The state of a stateful recurrent layer is none of its weights.
+    held = [variable for layer in model._flatten_layers() for variable in _variables_in(list(vars(layer).values()))]
+    variables = {id(variable): variable for variable in [*traversal.variables(model), *held]}
+    before = [(variable, compat.kept_value(variable)) for variable in variables.values() if compat.has_value(variable)]
     try:
         yield
     finally:
         for variable, value in before:
-            compat.assign(variable, value)
+            compat.put_back(variable, value)
+
+
+def _variables_in(nest: Any) -> Iterator[Any]:
+    if isinstance(nest, dict):
+        nest = list(nest.values())
+    if isinstance(nest, list | tuple):
+        for item in nest:
+            yield from _variables_in(item)
+    elif compat.is_variable(nest):
+        yield nest
 
 
 def places(model: Any) -> list[tuple[str, Any]]:

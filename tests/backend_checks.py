@@ -20,7 +20,15 @@ import tf_keras
 from small_jobs import small_data, small_settings
 
 import keras_sparse_init
-from keras_sparse_init import Masked, SparseHeNormal, SparseScaledInit, count_relu_zeros, masks
+from keras_sparse_init import (
+    Masked,
+    SignalMonitor,
+    SparseHeNormal,
+    SparseScaledInit,
+    count_relu_zeros,
+    masks,
+    measure_signal,
+)
 from keras_sparse_init.fans import kernel_layout
 from keras_sparse_init.gradients import gradient_function
 from keras_sparse_init.training import Prune, train
@@ -208,6 +216,41 @@ def check_gradients_of_activations_in_jax():
     expected = np.repeat(keras.ops.convert_to_numpy(model.layers[-1].kernel).T, 6, axis=0)
     np.testing.assert_allclose(gradients["post"], expected, rtol=1e-5)
     np.testing.assert_allclose(gradients["pre"], expected * (np.asarray(pre) > 0), rtol=1e-5)
+
+
+def check_signals_and_gradients_are_those_of_plain_numpy_and_the_model_stays_as_it_is():
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(50, 30)).astype("float32"), random.normal(size=(50, 3)).astype("float32")
+    layers = keras.layers
+    first = Masked(layers.Dense(20, "relu", kernel_initializer=SparseHeNormal(seed=1), name="a"), mask=MASK)
+    last = layers.Dense(3, kernel_initializer=SparseHeNormal(seed=2), name="b")
+    inner = keras.Sequential([layers.Input((20,)), layers.Dropout(0.5, seed=1, name="drop"), last], name="inner")
+    model = keras.Sequential([layers.Input((30,)), first, inner])
+    w, v = (keras.ops.convert_to_numpy(layer.kernel) for layer in (first.layer, last))
+    before = [np.array(keras.ops.convert_to_numpy(variable)) for variable in model.variables]
+    report = measure_signal(model, x, y, "mse", batch_size=20, jacobian=True)
+    pre = x @ (w * MASK)
+    hidden = np.maximum(pre, 0)
+    back = 2 * (hidden @ v - y) / y.size
+    for spread, values in ((report["a"].pre, pre), (report["a"].post, hidden), (report["inner/b"].pre, hidden @ v)):
+        np.testing.assert_allclose((spread.mean, spread.std), (values.mean(), values.std()), rtol=1e-4, atol=1e-5)
+    for name, gradient in (("a", back @ v.T), ("inner/drop", back @ v.T), ("inner/b", back)):
+        np.testing.assert_allclose(report[name].gradient_std, gradient.std(), rtol=1e-3)
+    flows = (((x.T @ (back @ v.T * (pre > 0))) * MASK) ** 2).sum(), ((hidden.T @ back) ** 2).sum()
+    np.testing.assert_allclose([kernel.gradient_flow for kernel in report.kernels], flows, rtol=1e-3)
+    assert report["inner/b"].zero_fraction is None
+    jacobians = np.einsum("ij,nj,jk->nki", w * MASK, pre > 0, v)
+    np.testing.assert_allclose(report.singular_values, np.linalg.svd(jacobians)[1], rtol=1e-3)
+    monitor = SignalMonitor(x, every=2, training=True)
+    model.compile("sgd", "mse")
+    model.fit(x, y, batch_size=25, epochs=1, verbose=0, callbacks=[monitor])
+    assert list(monitor.reports) == [0, 2]
+    assert monitor.reports[0]["inner/b"].pre != monitor.reports[2]["inner/b"].pre
+    after = [keras.ops.convert_to_numpy(variable) for variable in model.variables]
+    assert not all(map(np.array_equal, after, before))
+    measure_signal(model, x, training=True)
+    for variable, value in zip(model.variables, after, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), value)
 
 
 def check_a_job_prunes_and_a_stopped_one_goes_on_to_the_same_weights():

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from keras_sparse_init import compat
+from keras_sparse_init.event_log import EventLog
 from keras_sparse_init.gradients import gradient_function, gradient_norm
 from keras_sparse_init.pruning import MagnitudePruning
 from keras_sparse_init.training import checkpoints
 from keras_sparse_init.training.data import Data
-from keras_sparse_init.training.event_log import EventLog
 from keras_sparse_init.training.optimizers import make_optimizer
 from keras_sparse_init.training.progress import COLUMNS, Progress
 

@@ -1,4 +1,4 @@
-"""The rows of metrics.csv as logs that TensorBoard shows. Writing them needs TensorFlow alone."""
+"""Rows of numbers as logs that TensorBoard shows. Writing them needs TensorFlow alone."""
 
 from __future__ import annotations
 

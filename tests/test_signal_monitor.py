@@ -1,0 +1,116 @@
+"""The callback: what `measure_signal` says, at the right steps, without a change to training, in both Kerases."""
+
+import csv
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+from keras_sparse_init import SignalMonitor, compat, measure_signal, sparsify
+
+BOTH = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
+_RANDOM = np.random.default_rng(0)
+_X = _RANDOM.normal(size=(40, 6)).astype(np.float32)
+_Y = _RANDOM.normal(size=(40, 1)).astype(np.float32)
+
+
+def _model(library, **options):
+    L = library.layers
+    layers = [L.Dense(8, "relu", name="a"), L.Dropout(0.5, seed=1, name="drop"), L.Dense(1, name="b")]
+    dense = library.Sequential([L.Input((6,)), *layers])
+    for variable in dense.trainable_variables:
+        values = np.random.default_rng(1).normal(size=variable.shape)
+        compat.assign(variable, values)
+    model = sparsify(dense, 0.5, initializer="he_normal", seed=0)
+    model.compile("sgd", "mse", **options)
+    return model
+
+
+@BOTH
+def test_it_measures_what_measure_signal_does_every_n_steps_and_training_stays_the_same(library, tmp_path):
+    monitor = SignalMonitor(_X, _Y, "mse", every=4, output_dir=tmp_path / "new" / "signal", batch_size=25)
+    model = _model(library)
+    at_first = measure_signal(model, _X, _Y, "mse", batch_size=25)
+    model.fit(_X, _Y, batch_size=8, epochs=2, verbose=0, shuffle=False, callbacks=[monitor])
+    assert list(monitor.reports) == [0, 4, 8]
+    for layer, other in zip(monitor.reports[0].layers, at_first.layers, strict=True):
+        assert layer.row() == {k: v if isinstance(v, str | None) else pytest.approx(v) for k, v in other.row().items()}
+    found, expected = monitor.reports[8], at_first
+    assert found["a"].pre.std != expected["a"].pre.std
+    model.fit(_X, _Y, batch_size=8, epochs=1, verbose=0, shuffle=False, callbacks=[monitor])
+    assert list(monitor.reports) == [0, 4, 8, 10, 12]
+    # A further `fit` begins with what has become of the model.
+    if library is keras:  # tf_keras does not give the state of its dropout away.
+        plain = _model(library)
+        plain.fit(_X, _Y, batch_size=8, epochs=3, verbose=0, shuffle=False)
+        for weight, other in zip(model.get_weights(), plain.get_weights(), strict=True):
+            np.testing.assert_array_equal(weight, other)
+    with (tmp_path / "new" / "signal" / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], row["name"]) for row in rows] == [
+        (str(step), name) for step in (0, 4, 8, 10, 12) for name in ("a", "drop", "b")
+    ]
+    assert float(rows[6]["pre_std"]) == found["a"].pre.std and rows[1]["pre_std"] == ""
+    with (tmp_path / "new" / "signal" / "kernels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows[:2]] == ["a/kernel", "b/kernel"]
+    assert float(rows[0]["gradient_flow"]) == pytest.approx(at_first.kernels[0].gradient_flow)
+    (events,) = (tmp_path / "new" / "signal" / "tensorboard").iterdir()
+    found = {}
+    for event in tf.compat.v1.train.summary_iterator(str(events)):
+        for value in event.summary.value:
+            found[event.step, value.tag] = float(tf.make_ndarray(value.tensor))
+    assert found[8, "a/pre_std"] == pytest.approx(monitor.reports[8]["a"].pre.std)
+    assert found[0, "a/kernel/sparsity"] == pytest.approx(at_first.kernels[0].topology.sparsity)
+
+
+@BOTH
+def test_with_several_steps_in_an_execution_none_is_left_out(library):
+    monitor = SignalMonitor(_X, every=5)
+    model = _model(library, steps_per_execution=3)
+    model.fit(_X, _Y, batch_size=4, epochs=2, verbose=0, callbacks=[monitor])
+    # Executions of 3, 3, 3 and 1 steps.
+    assert list(monitor.reports) == [0, 6, 10, 16, 20]
+
+
+def test_the_model_is_traced_once():
+    traced = []
+
+    class Counting(keras.layers.Layer):
+        def call(self, x):
+            traced.append(1)
+            return x
+
+    model = keras.Sequential([keras.layers.Input((6,)), Counting(), keras.layers.Dense(1)])
+    monitor = SignalMonitor(_X, every=1)
+    monitor.set_model(model)
+    model.compile("sgd", "mse")
+    monitor.on_train_begin()
+    before = len(traced)
+    for step in range(1, 4):
+        model.optimizer.iterations.assign(step)
+        monitor.on_train_batch_begin(step)
+        monitor.on_train_batch_end(step)
+    assert list(monitor.reports) == [0, 1, 2, 3]
+    assert len(traced) == before
+
+
+@BOTH
+def test_a_model_that_is_not_built_is_measured_after_its_first_step(library):
+    model = library.Sequential([library.layers.Dense(1, name="a")])
+    model.compile("sgd", "mse")
+    monitor = SignalMonitor(_X, every=100)
+    model.fit(_X, _Y, batch_size=20, verbose=0, callbacks=[monitor])
+    assert list(monitor.reports) == [1]
+
+
+def test_bad_arguments_are_named_and_results_are_never_overwritten(tmp_path):
+    for every in (0, 1.5, True):
+        with pytest.raises(ValueError, match=f"`every` must be a positive int. Received: every={every}"):
+            SignalMonitor(_X, every=every)
+    (tmp_path / "file").write_text("mine")
+    for directory in (tmp_path, tmp_path / "file"):
+        with pytest.raises(FileExistsError, match="not empty|is a file"):
+            SignalMonitor(_X, output_dir=directory)
