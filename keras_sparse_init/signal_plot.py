@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from keras_sparse_init.figures import literal, new_figure
+
 
 def figure_of(report: Any) -> Any:
     """Deviation of signals and of gradients, zeros and dead units, similarity of samples, layer by layer.
@@ -16,13 +18,8 @@ def figure_of(report: Any) -> Any:
     Returns:
         A `matplotlib.figure.Figure`, not shown: a notebook shows it, `savefig` writes it.
     """
-    try:
-        # Not pyplot: that would choose a window system and keep every figure.
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install matplotlib") from error
     layers = report.layers
-    figure = Figure(figsize=(max(9.0, 0.45 * len(layers) + 4), 7), layout="constrained")
+    figure = new_figure(max(9.0, 0.45 * len(layers) + 4), 7)
     signal, gradient, zeros, cosine = figure.subplots(2, 2).flat
     _draw(signal, [layer.pre and layer.pre.std for layer in layers], "pre-activations", log=True)
     _draw(signal, [layer.post.std for layer in layers], "activations", log=True)
@@ -37,8 +34,7 @@ def figure_of(report: Any) -> Any:
     _draw(cosine, [layer.cosine for layer in layers], "pre-activations")
     cosine.set_title("mean cosine between samples")
     for axes in (signal, gradient, zeros, cosine):
-        # A name is no formula, even with a dollar in it.
-        names = [layer.name.replace("$", r"\$") for layer in layers]
+        names = [literal(layer.name) for layer in layers]
         axes.set_xticks(range(len(layers)), names, rotation=90, fontsize="small")
         axes.set_xlim(-0.5, len(layers) - 0.5)
         if axes.get_legend_handles_labels()[1]:
