@@ -68,6 +68,19 @@ def test_one_unit_far_from_1_changes_no_bit_of_the_others():
         assert not other.numpy()[..., 3].any()
 
 
+@pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e30])
+def test_units_of_one_kernel_may_lie_far_apart(scale):
+    v = tf.constant([[3.0, 3 * scale], [4.0, 4 * scale]], tf.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(v)
+        w = normalized(v, tf.constant([5.0, 10.0]), (1,))
+        first = w[0, 1]
+    np.testing.assert_allclose(w, [[3, 6], [4, 8]], rtol=1e-6)
+    # d(10 v0 / ||v||) = 10 / ||v|| (1 - 0.36, -0.48).
+    gradient = tape.gradient(first, v).numpy().astype(np.float64)
+    np.testing.assert_allclose(gradient * scale, [[0, 1.28], [0, -0.96]], rtol=1e-5)
+
+
 def test_norms_are_summed_in_float32_at_least():
     v = tf.constant([[3e-30], [4e-30]], tf.float32)
     np.testing.assert_allclose(norm(v, (1,)), [[5e-30]], rtol=1e-6)

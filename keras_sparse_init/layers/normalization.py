@@ -56,17 +56,16 @@ def _normalized_in_tensorflow(v: tf.Tensor, g: tf.Tensor, summed: tuple[int, ...
 def _rescaled(v: Any, summed: tuple[int, ...]) -> tuple[Any, Any, Any]:
     """`(factor * v, factor, sum of squares of factor * v)`: the square of 1e-30 would be 0, that of 1e30 infinite.
 
-    The factor brings the largest weight to between 1 and 2. It is a power of 2, so that rounding does not depend on it,
-    and no part of what is differentiated, as results do not either. (So a unit whose weights are all below 1e-19 of the
-    largest of the kernel counts as one of zeros.)
+    There is a factor for each unit, which brings its sum of |v| to between 1 and 2. It is a power of 2, so that
+    rounding does not depend on it, and no part of what is differentiated, as results do not either.
     """
     ops = compat.ops_of(v)
-    largest = ops.stop_gradient(ops.maximum(ops.max(v), -ops.min(v)))
+    size = ops.stop_gradient(_sum(ops.abs(v), summed))
     limits = np.finfo(compat.numpy_dtype(compat.float_dtype(v.dtype)))
     # Some machines take what is smaller than the smallest normal number for 0.
-    nonzero = ops.where(largest >= limits.tiny, largest, ops.ones_like(largest))
+    nonzero = ops.where(size >= limits.tiny, size, ops.ones_like(size))
     exponent = ops.minimum(ops.floor(ops.log(nonzero) / float(np.log(2.0))), float(limits.maxexp - 2))
-    factor = ops.power(ops.ones_like(largest) * 2.0, -exponent)
+    factor = ops.power(ops.ones_like(size) * 2.0, -exponent)
     values = v * factor
     return values, factor, _sum(ops.square(values), summed)
 
