@@ -19,7 +19,7 @@ train: $(VENV)/.installed
 	@echo; echo "results in $(RUNS)"
 
 test: $(VENV)/.installed-dev
-	TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest
+	TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
