@@ -25,6 +25,8 @@ ORDER = (
     "schedules",
     "packing",
     "table",
+    "bounds",
+    "exact_range",
     "compat",
     "initializers",
     "matching",
