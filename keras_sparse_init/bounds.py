@@ -45,7 +45,7 @@ class Affine:
         Raises:
             ValueError: When a number is not finite or a slope is not in [0, 1].
         """
-        weight = _compact(weight)
+        weight = compact(weight)
         units = weight.shape[0]
         bias = np.array(np.broadcast_to(np.asarray(bias, np.float64), (units,)))
         slope = np.array(np.broadcast_to(np.asarray(slope, np.float64), (units,)))
@@ -303,7 +303,7 @@ def _identity(size: int) -> Any:
     return sparse.eye_array(size, format="csr")
 
 
-def _compact(weight: Any) -> Any:
+def compact(weight: Any) -> Any:
     """The matrix as a sparse array when at most one entry in ten is not 0, else as a dense one."""
     from scipy import sparse
 

@@ -43,6 +43,8 @@ ORDER = (
     "wrapping",
     "sparse_model",
     "pruning",
+    "affine_chain",
+    "ranges",
     "gradients",
     "training",
     "cli",
