@@ -1,11 +1,11 @@
-"""Can the exact range of a network's outputs be found? Sparse networks' can, in seconds; dense ones' of the same size not.
+"""Can the exact range of a network's outputs be found? Of sparse networks yes, in seconds; of dense ones not.
 
     python benchmarks/output_range.py [--networks 3] [--limit 60] [--output benchmarks/results/output_range.json]
 
 Perceptrons 64-64-32-2 with ReLU, He's initialization for their masks (the same sparsity in every layer, new masks and
 kernels for each network), inputs between -1 and 1. For each sparsity: how many activations are open over the box, how
-many of the 4 ends of the 2 outputs are found within the limit, the seconds that it took (medians over networks), and the
-width of the certified bounds in multiples of the width of what is attained, by intervals, linear bounds and the program.
+many of the 4 ends of the 2 outputs are found within the limit, the seconds it took (medians over networks), and the
+width of the certified bounds in multiples of that of the attained values: of intervals, linear bounds, the program.
 """
 
 from __future__ import annotations

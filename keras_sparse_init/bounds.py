@@ -1,7 +1,6 @@
 """Guaranteed bounds of piecewise linear networks over a box: intervals, and linear bounds propagated backwards (CROWN).
 
-A network is a list of `Affine` layers, each z = W y + b followed by y = max(z, slope z). Everything is NumPy and
-float64; no Keras is imported. Bounds hold for the real-valued function of the given weights: what rounding can add up
+Bounds hold for the real-valued function of the given weights: what rounding can add up
 to is bounded as well (|fl(a.b) - a.b| <= gamma_n |a|.|b|, in any order of summation) and the bounds are moved outwards
 by it, so that no input of the box is outside, not even by the last digit.
 """
@@ -10,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
+from keras_sparse_init.piecewise import Affine
 
 # Twice the unit roundoff: also for the rounding in the computation of the error bounds.
 _ROUNDING = 2.0**-52
@@ -22,82 +22,6 @@ _ROUNDING = 2.0**-52
 _CHUNK = 2**22
 
 Bounds = tuple[np.ndarray, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Affine:
-    """A layer y = max(z, slope z), z = W x + b.
-
-    Attributes:
-        weight: W, an array or scipy sparse array of shape (units, inputs).
-        bias: b, of shape (units,).
-        slope: Of the negative side, in [0, 1], of shape (units,): 0 is ReLU, 1 no activation.
-    """
-
-    weight: Any
-    bias: np.ndarray
-    slope: np.ndarray
-
-    @classmethod
-    def of(cls, weight: Any, bias: Any = 0.0, slope: Any = 1.0) -> Affine:
-        """A layer in float64 with bias and slope broadcast over units; the matrix dense or sparse as it is cheaper.
-
-        Raises:
-            ValueError: When a number is not finite or a slope is not in [0, 1].
-        """
-        weight = compact(weight)
-        units = weight.shape[0]
-        bias = np.array(np.broadcast_to(np.asarray(bias, np.float64), (units,)))
-        slope = np.array(np.broadcast_to(np.asarray(slope, np.float64), (units,)))
-        if not (np.isfinite(_entries(weight)).all() and np.isfinite(bias).all()):
-            raise ValueError("weights and biases must be finite")
-        if not ((slope >= 0) & (slope <= 1)).all():
-            raise ValueError(f"slopes must be in [0, 1]. Received: {slope[~((slope >= 0) & (slope <= 1))][0]}")
-        return cls(weight, bias, slope)
-
-    @property
-    def linear(self) -> bool:
-        """Whether no unit has an activation."""
-        return bool(np.all(self.slope == 1))
-
-    def pre_activation(self, x: np.ndarray) -> np.ndarray:
-        """The z of inputs of shape (samples, inputs)."""
-        return (self.weight @ x.T).T + self.bias
-
-    def activation(self, z: np.ndarray) -> np.ndarray:
-        """The y of some z."""
-        return np.where(z < 0, self.slope * z, z)
-
-
-def chain(layers: Iterable[Affine]) -> list[Affine]:
-    """The same function with consecutive affine layers folded, and the last layer without activation.
-
-    Example:
-        >>> import numpy as np
-        >>> from keras_sparse_init.bounds import Affine, chain
-        >>> folded = chain([Affine.of([[2.0]], 1.0), Affine.of([[3.0]], 0.0, slope=0.0)])
-        >>> [(layer.weight.item(), layer.bias.item()) for layer in folded]
-        [(6.0, 3.0), (1.0, 0.0)]
-    """
-    folded: list[Affine] = []
-    for layer in layers:
-        if folded and folded[-1].linear:
-            before = folded.pop()
-            bias = layer.weight @ before.bias + layer.bias
-            layer = Affine.of(layer.weight @ before.weight, bias, layer.slope)
-        folded.append(layer)
-    if not folded:
-        raise ValueError("a network must have a layer")
-    if not folded[-1].linear:
-        folded.append(Affine.of(_identity(folded[-1].bias.size)))
-    return folded
-
-
-def forward(network: list[Affine], x: np.ndarray) -> np.ndarray:
-    """Outputs of shape (samples, outputs) of inputs of shape (samples, inputs)."""
-    for layer in network:
-        x = layer.activation(layer.pre_activation(x))
-    return x
 
 
 def interval_bounds(network: list[Affine], lower: np.ndarray, upper: np.ndarray) -> list[Bounds]:
@@ -113,7 +37,8 @@ def interval_bounds(network: list[Affine], lower: np.ndarray, upper: np.ndarray)
 
     Example:
         >>> import numpy as np
-        >>> from keras_sparse_init.bounds import Affine, chain, interval_bounds
+        >>> from keras_sparse_init.bounds import interval_bounds
+        >>> from keras_sparse_init.piecewise import Affine, chain
         >>> difference = [Affine.of([[1.0], [1.0]], slope=0.0), Affine.of([[1.0, -1.0]])]
         >>> low, high = interval_bounds(chain(difference), np.zeros(1), np.ones(1))[-1]
         >>> bool(-1.001 < low[0] <= -1 and 1 <= high[0] < 1.001)
@@ -168,7 +93,8 @@ def crown_bounds(
 
     Example:
         >>> import numpy as np
-        >>> from keras_sparse_init.bounds import Affine, chain, crown_bounds
+        >>> from keras_sparse_init.bounds import crown_bounds
+        >>> from keras_sparse_init.piecewise import Affine, chain
         >>> difference = [Affine.of([[1.0], [1.0]], slope=0.0), Affine.of([[1.0, -1.0]])]
         >>> low, high = crown_bounds(chain(difference), np.zeros(1), np.ones(1)).bounds[-1]
         >>> bool(-1e-9 < low[0] <= 0 <= high[0] < 1e-9)
@@ -289,25 +215,5 @@ def _parts(weight: Any) -> tuple[Any, Any]:
     return weight.maximum(0.0), weight.minimum(0.0)
 
 
-def _entries(weight: Any) -> np.ndarray:
-    return weight if isinstance(weight, np.ndarray) else weight.data
-
-
 def _dense(weight: Any) -> np.ndarray:
     return weight if isinstance(weight, np.ndarray) else weight.toarray()
-
-
-def _identity(size: int) -> Any:
-    from scipy import sparse
-
-    return sparse.eye_array(size, format="csr")
-
-
-def compact(weight: Any) -> Any:
-    """The matrix as a sparse array when at most one entry in ten is not 0, else as a dense one."""
-    from scipy import sparse
-
-    size, entries = np.prod(np.shape(weight)), weight.nnz if sparse.issparse(weight) else np.count_nonzero(weight)
-    if 10 * entries <= size and size >= 1000:
-        return sparse.csr_array(weight, dtype=np.float64)
-    return np.array(weight.toarray() if sparse.issparse(weight) else weight, dtype=np.float64, ndmin=2)

@@ -12,7 +12,8 @@ from keras_sparse_init import compat
 from keras_sparse_init.affine_chain import affine_chain, check_against
 from keras_sparse_init.arguments import check_choice, check_positive
 from keras_sparse_init.bounds import LinearBounds, crown_bounds, interval_bounds
-from keras_sparse_init.exact_range import attained, close_rounding, solve
+from keras_sparse_init.exact_range import solve
+from keras_sparse_init.extremes import attained, close_rounding
 
 Method = Literal["auto", "ibp", "crown", "exact"]
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from scipy import optimize, sparse
 
-from keras_sparse_init.bounds import Affine, chain, crown_bounds, forward, interval_bounds
-from keras_sparse_init.exact_range import attained, solve
+from keras_sparse_init.bounds import crown_bounds, interval_bounds
+from keras_sparse_init.exact_range import solve
+from keras_sparse_init.extremes import attained
+from keras_sparse_init.piecewise import Affine, chain, forward
 
 
 def random_network(seed, sizes, slope=0.0, density=1.0):
