@@ -46,7 +46,7 @@ def row_of(sparsity: float, networks: int, limit: float) -> dict[str, Any]:
     for seed in range(networks):
         model = network(sparsity, seed)
         exact = output_range(model, -1, 1, "exact", time_limit=limit)
-        attained = np.sum(exact.attained_upper - exact.attained_lower)
+        attained = max(np.sum(exact.attained_upper - exact.attained_lower), 1e-30)
         found = {method: output_range(model, -1, 1, method) for method in ("ibp", "crown")} | {"exact": exact}
         widths = [float(np.sum(f.upper - f.lower) / attained) for f in found.values()]
         results.append((exact.unstable, ends_found(exact), exact.seconds, *widths))

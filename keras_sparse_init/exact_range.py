@@ -30,12 +30,15 @@ def solve(network: list[Affine], box: Bounds, linear: LinearBounds, found: Extre
     """
     close_rounding(found)
     ends = [(i, sign) for i in range(found.lower.size) for sign in (1, -1) if _open(found, i, sign)]
-    program = _Program(network, box, linear) if ends else None
+    if not ends or (deadline is not None and time.monotonic() >= deadline):
+        return
+    program = _Program(network, box, linear)
     for number, (i, sign) in enumerate(ends):
         seconds = None if deadline is None else (deadline - time.monotonic()) / (len(ends) - number)
         if seconds is not None and seconds <= 0:
             return
-        scale = _power_of_two(max(found.attained_upper[i] - found.attained_lower[i], 1e-9 * found.scale()[i]))
+        known = found.attained_upper[i] - found.attained_lower[i]
+        scale = float(_powers_of_two(max(known, 1e-6 * (found.upper[i] - found.lower[i]))))
         bound, x, proved = program.minimum(i, sign, scale, seconds)
         if x is not None:
             x = np.clip(x, *box)
@@ -179,10 +182,6 @@ class _Program:
         return bound * scale + sign * self._last.bias[output], x, result.status == 0
 
 
-def _powers_of_two(size: np.ndarray) -> np.ndarray:
+def _powers_of_two(size: Any) -> np.ndarray:
     """The power of two at or above each number; 1 for 0."""
     return np.where(size > 0, 2.0 ** np.ceil(np.log2(np.where(size > 0, size, 1.0))), 1.0)
-
-
-def _power_of_two(size: float) -> float:
-    return float(_powers_of_two(np.array(size)))

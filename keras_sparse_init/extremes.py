@@ -41,10 +41,6 @@ class Extremes:
         better = y[best, outputs] > self.attained_upper
         self.x_upper[better], self.attained_upper[better] = x[best[better]], y[best, outputs][better]
 
-    def scale(self) -> np.ndarray:
-        """The size of each output, to which tolerances are relative."""
-        return np.maximum(np.maximum(np.abs(self.attained_lower), np.abs(self.attained_upper)), 1e-300)
-
 
 def attained(
     network: list[Affine], box: Bounds, bounds: Bounds, slopes: np.ndarray | None, deadline: float | None = None
@@ -102,7 +98,7 @@ def _gradients(network: list[Affine], x: np.ndarray, outputs: np.ndarray) -> np.
 
 def close_rounding(found: Extremes) -> None:
     """Makes an attained value the bound where they differ by rounding only; no bound is beyond an attained value."""
-    rounding = 1e-12 * found.scale()
+    rounding = 1e-12 * np.maximum(np.abs(found.attained_lower), np.abs(found.attained_upper))
     near = found.attained_lower - found.lower <= rounding
     found.lower[near] = found.attained_lower[near]
     near = found.upper - found.attained_upper <= rounding

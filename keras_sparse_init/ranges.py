@@ -123,11 +123,12 @@ def output_range(
             the method or the time limit is not valid.
 
     Example:
-        >>> import keras
+        >>> import keras, numpy as np
         >>> from keras_sparse_init import output_range
         >>> layers = keras.layers
-        >>> model = keras.Sequential([layers.Input((1,)), layers.Dense(2, activation="relu"), layers.Dense(1)])
-        >>> model.set_weights([[[1.0, -1.0]], [0.0, 0.0], [[1.0], [-0.5]], [0.0]])
+        >>> parts = [layers.Dense(2, activation="relu", use_bias=False), layers.Dense(1, use_bias=False)]
+        >>> model = keras.Sequential([layers.Input((1,)), *parts])
+        >>> model.set_weights([np.array([[1.0, -1.0]]), np.array([[1.0], [-0.5]])])
         >>> found = output_range(model, -1, 1)
         >>> found.lower.tolist(), found.upper.tolist(), found.x_upper.tolist(), bool(found.exact.all())
         ([-0.5], [1.0], [[1.0]], True)

@@ -179,6 +179,15 @@ def test_known_ranges_come_out_exactly_whatever_the_size_of_numbers(layers, lowe
     np.testing.assert_array_equal([found.lower, found.upper], [found.attained_lower, found.attained_upper])
 
 
+def test_an_output_that_is_0_though_bounds_do_not_see_it():
+    """relu(relu(x) - relu(x)): nothing that is attained gives it a size."""
+    layers = [Affine.of([[1.0], [1.0]], slope=0.0), Affine.of([[1.0, -1.0]], slope=0.0)]
+    network, box = chain(layers), (np.array([-1.0]), np.array([1.0]))
+    assert crown_bounds(network, *box).bounds[-1][1] > 0.1
+    found = solved(network, box)
+    np.testing.assert_array_equal([found.lower, found.upper, found.attained_upper], np.zeros((3, 1)))
+
+
 def test_without_time_bounds_are_certified_attained_values_inside_and_the_deadline_is_kept():
     network, box = random_network(0, (20, 60, 60, 60, 4)), (-np.ones(20), np.ones(20))
     start = monotonic()
