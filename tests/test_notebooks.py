@@ -8,6 +8,9 @@ from nbclient import NotebookClient
 
 COLABS = Path(__file__).parents[1] / "colabs"
 
+# What a notebook prints, where it is not the tables of a training job.
+PRINTED = {"output_range.ipynb": ("[-0.5, 1]", "width of the bounds", "by method exact")}
+
 
 @pytest.fixture(params=sorted(path.name for path in COLABS.glob("*.ipynb")))
 def executed(request, tmp_path, monkeypatch):
@@ -26,9 +29,11 @@ def _printed(notebook):
     return "".join(output.get("text", "") for output in outputs), outputs
 
 
-def test_a_notebook_runs_and_shows_its_tables_and_plots(executed):
+def test_a_notebook_runs_and_shows_its_tables_and_plots(executed, request):
     text, outputs = _printed(executed)
-    assert "dead units" in text and "gradient norm" in text
+    name = request.node.callspec.params["executed"]
+    for words in PRINTED.get(name, ("dead units", "gradient norm")):
+        assert words in text
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
