@@ -502,6 +502,32 @@ def iterations(model: Any) -> int:
     return int(to_numpy("iterations", optimizer.iterations))
 
 
+def graph_of(model: Any) -> tuple[list[Any], list[Any], list[tuple[Any, list[Any], list[Any]]]] | None:
+    """The calls that a Sequential or functional model is made of.
+
+    Returns:
+        (inputs, outputs, calls). Tensors have keys; a call is (layer, keys of its inputs, keys of its outputs), in the
+        order of computation. None for a model with a `call` of its own, or one that is not built.
+    """
+    if isinstance(model, tf_keras.Sequential | keras.Sequential):
+        if not model.built:
+            return None
+        return [0], [len(model.layers)], [(layer, [i], [i + 1]) for i, layer in enumerate(model.layers)]
+    nodes = getattr(model, "_nodes_by_depth", None)
+    if not nodes:
+        return None
+    ordered = [node for depth in sorted(nodes, reverse=True) for node in nodes[depth] if not node.is_input]
+    if isinstance(model, tf_keras.Model):
+        ends = [[str(id(tensor)) for tensor in tf.nest.flatten(end)] for end in (model.inputs, model.outputs)]
+        return *ends, [(node.layer, node.flat_input_ids, node.flat_output_ids) for node in ordered]
+    ends = [[id(tensor) for tensor in end] for end in (model._inputs, model._outputs)]
+    calls = [
+        (node.operation, [id(t) for t in node.arguments.keras_tensors], [id(t) for t in node.outputs])
+        for node in ordered
+    ]
+    return *ends, calls
+
+
 def require_built(wrapper: Any, missing: str = "mask") -> None:
     """Raises a ValueError that names a wrapper, ours or tfmot's, when it is not built and has no mask, say."""
     if not wrapper.built:

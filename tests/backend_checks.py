@@ -28,6 +28,7 @@ from keras_sparse_init import (
     count_relu_zeros,
     masks,
     measure_signal,
+    output_range,
 )
 from keras_sparse_init.fans import kernel_layout
 from keras_sparse_init.gradients import gradient_function
@@ -291,6 +292,21 @@ def check_a_job_prunes_and_a_stopped_one_goes_on_to_the_same_weights():
         loaded = keras.models.load_model(whole.directory / "model.keras")
         for weight, expected in zip(loaded.get_weights(), whole.model.get_weights(), strict=True):
             np.testing.assert_array_equal(weight, expected)
+
+
+def check_the_range_of_outputs_is_that_of_the_model():
+    layers = [
+        Masked(keras.layers.Conv2D(2, 2, activation="relu"), sparsity=0.3, seed=0),
+        keras.layers.BatchNormalization(),
+        keras.layers.AveragePooling2D(2, padding="same"),
+        keras.layers.Flatten(),
+        keras.layers.Dense(2),
+    ]
+    model = keras.Sequential([keras.layers.Input((4, 4, 1)), *layers])
+    found = output_range(model, -1, 1, "crown")
+    y = keras.ops.convert_to_numpy(model(found.x_upper.astype("float32"), training=False))
+    np.testing.assert_allclose(np.diag(y), found.attained_upper, rtol=1e-4)
+    assert np.all(found.lower <= y.min(axis=0) + 1e-4) and np.all(y.max(axis=0) - 1e-4 <= found.upper)
 
 
 CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}

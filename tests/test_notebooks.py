@@ -16,6 +16,7 @@ PRINTED = {
     "kaiming_and_gain.ipynb": ("PyTorch's default", "std: theory", "mean: theory"),
     "relu_zeros.ipynb": ("dead units", "activation patterns"),
     "signal_propagation.ipynb": ("dead units", "std(output)"),
+    "output_range.ipynb": ("[-0.5, 1]", "width of the bounds", "by method exact"),
 }
 
 
