@@ -94,7 +94,7 @@ def test_one_that_knows_masks_is_taken_as_it_is():
         None,
         3.0,
     ],
-    ids=str,
+    ids=lambda initializer: initializer if isinstance(initializer, str) else type(initializer).__qualname__,
 )
 def test_one_without_a_variance_to_scale_is_refused_by_the_kernel_it_is_for(initializer):
     with pytest.raises(ValueError, match="layer/kernel.*variance"):
