@@ -424,6 +424,11 @@ def runs_loop(layer: Any) -> bool:
     return isinstance(layer, library_of(layer).layers.RNN)
 
 
+def states_of(layer: Any) -> list[Any]:
+    """The variables in which a stateful recurrent layer keeps its states: neither Keras lists them as the layer's."""
+    return [state for state in tf.nest.flatten(layer.states) if is_variable(state)] if runs_loop(layer) else []
+
+
 def loops_only_for_safety(layer: Any) -> bool:
     """Whether a layer is tf_keras's TimeDistributed around a layer that tf_keras does not know.
 
