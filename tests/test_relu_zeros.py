@@ -175,13 +175,16 @@ def test_a_model_at_each_time_step_counts_once(library):
     inner = library.Sequential(
         [L.Input((2,)), L.Dense(4, "relu", name="a"), L.Dense(3, "relu", name="b")], name="inner"
     )
-    model = library.Sequential([L.Input((3, 2)), L.TimeDistributed(inner, name="steps")])
+    after = L.Dense(2, "relu", name="after")
+    model = library.Sequential([L.Input((3, 2)), L.TimeDistributed(inner, name="steps"), after])
     x = X.reshape(300, 3, 2)
     hidden = number(inner.layers[0](X.reshape(900, 2)))
     outputs = [hidden, number(inner.layers[1](hidden))]
+    outputs.append(number(after(outputs[1])))
     per_unit, patterns = counted_by_loops([values.reshape(300, 3, -1) for values in outputs])
     zeros = count_relu_zeros(model, x, batch_size=128)
-    assert [zeros.per_unit[f"steps/inner/{name}"].tolist() for name in "ab"] == per_unit
+    assert [zeros.per_unit[f"steps/inner/{name}"].tolist() for name in "ab"] == per_unit[:2]
+    assert zeros.per_unit["after"].tolist() == per_unit[2]
     assert (zeros.outputs["steps/inner/a"], zeros.patterns) == (3600, patterns)
 
 
