@@ -85,7 +85,13 @@ class Histogram:
     @classmethod
     def of(cls, initializer: str, epoch: int, layer: int, quantity: str, values: np.ndarray) -> Histogram:
         """The histogram of an array of finite values."""
-        counts, edges = np.histogram(values.astype(np.float64), _BINS)
+        values = values.astype(np.float64)
+        low, high = float(values.min()), float(values.max())
+        if low == high:
+            # NumPy's own way, 1/2 to both sides, leaves no room for edges around a large number.
+            width = max(0.5, abs(low) / 2)
+            low, high = low - width, high + width
+        counts, edges = np.histogram(values, _BINS, (low, high))
         return cls(initializer, epoch, layer, quantity, tuple(counts.tolist()), tuple(edges.tolist()))
 
 
@@ -131,8 +137,10 @@ class InitializerRun:
             said = f"signal {_change(forward[0], forward[-1])}, gradient {_change(backward[-1], backward[0])}"
         if self.diverged_at is not None:
             return f"{said}; diverges in epoch {self.diverged_at}"
-        died = next((r.epoch for r in self.rows if r.layer == len(forward) and r.activation_std == 0), None)
-        return said if died in (None, 0) else f"{said}; dead from epoch {died} on"
+        # With few units and samples an epoch may be without signal and the next one not.
+        alive = [r.epoch for r in self.rows if r.layer == len(forward) and r.activation_std > 0]
+        died = max(alive, default=-1) + 1
+        return said if died in (0, len(self.losses)) else f"{said}; dead from epoch {died} on"
 
     def to_dict(self) -> dict[str, Any]:
         """The run as a JSON-serializable dict; None stands for what is not finite."""

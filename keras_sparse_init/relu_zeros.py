@@ -25,15 +25,16 @@ def count_relu_zeros(model: Any, x: Any, batch_size: int | None = None) -> ReluZ
     zeros_j = #{(sample, position): max(z_j, 0) = 0}
 
     ReLUs are activations "relu" and "relu6" of layers, the functions of either Keras, TensorFlow, JAX and torch, `ReLU`
-    layers without slope or threshold and `Activation` layers of these functions. The model runs once on the data, as at
-    prediction, batch after batch; it is left as it was, kernels in tfmot's wrappers too.
+    layers without slope or threshold and `Activation` layers of these functions; `maximum(x, 0)` is not known as one. The
+    model runs once on the data, as at prediction, batch after batch; it is left as it was, kernels in tfmot's wrappers
+    too.
 
     Args:
         model: A built model or layer of either Keras.
         x: The samples: an array; a list or dict of arrays for several inputs; or a `tf.data.Dataset` of batches `x`,
             `(x, y)` or `(x, y, weights)`.
         batch_size: Samples at a time; None for as many as have about 2^24 outputs of ReLUs, but not above 1024. A
-            dataset has its own batches.
+            dataset has its own batches. A model with a fixed batch size needs it here.
 
     Returns:
         A `ReluZeros`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -85,13 +86,15 @@ def watch(model: Any, layers: Sequence[Any] | None = None, replace: Replace | No
         swapped.append((layer, attribute, attribute in vars(layer), vars(layer).get(attribute)))
         object.__setattr__(layer, attribute, value)
 
-    trace = compat.current_trace()
+    here = _Here()
     try:
         for layer in model, *(layer for _, _, layer in traversal.walk(model)):
             if compat.loops_only_for_safety(layer):
                 swap(layer, "_always_use_reshape", True)
+                # For the mask it runs a model inside it a second time.
+                swap(layer, "compute_mask", here.unseen(layer.compute_mask))
         for name, layer in found:
-            seen = _Seen(name, layer, items, trace, replace)
+            seen = _Seen(name, layer, items, here, replace)
             method = "call" if getattr(layer, "quantization_mode", None) is None else "quantized_call"
             swap(layer, method, _watched_call(getattr(layer, method), seen))
             if seen.has_activation:
@@ -157,11 +160,33 @@ def operations(model: Any) -> list[tuple[str, Any]]:
     return found
 
 
+class _Here:
+    """Whether what runs now is to be seen: in the graph in which it began, and not for the sake of a mask."""
+
+    def __init__(self) -> None:
+        self.trace, self.masking = compat.current_trace(), False
+
+    def __bool__(self) -> bool:
+        # A tensor of the body of a loop has no value outside it.
+        return not self.masking and compat.current_trace() is self.trace
+
+    def unseen(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def compute_mask(*args: Any, **kwargs: Any) -> Any:
+            before, self.masking = self.masking, True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.masking = before
+
+        return compute_mask
+
+
 class _Seen:
     """Where what is seen of one layer goes."""
 
-    def __init__(self, name: str, layer: Any, items: list[Watched], trace: Any, replace: Replace | None):
-        self.name, self.layer, self.items, self.trace, self.replace = name, layer, items, trace, replace
+    def __init__(self, name: str, layer: Any, items: list[Watched], here: _Here, replace: Replace | None):
+        self.name, self.layer, self.items, self.here, self.replace = name, layer, items, here, replace
         self.is_activation = isinstance(layer, compat.ACTIVATION_LAYERS + compat.RELU_OPERATIONS)
         activation = vars(layer).get("activation", "")
         # The activations of cells are those of gates; in a layer of the user's it may be a name.
@@ -174,13 +199,12 @@ class _Seen:
         return sum(item.layer is self.layer for item in self.items)
 
     def value(self, kind: str, value: Any) -> Any:
-        if self.replace is None or compat.current_trace() is not self.trace:
+        if self.replace is None or not self.here:
             return value
         return self.replace(self.name, self.calls, kind, value)
 
     def add(self, pre: Any, post: Any) -> bool:
-        # A tensor of the body of a loop has no value outside it.
-        here = compat.current_trace() is self.trace
+        here = bool(self.here)
         if here:
             self.items.append(Watched(self.name, self.layer, self.calls, pre, post))
         return here

@@ -202,6 +202,23 @@ def test_verdicts_name_zeros_dead_units_and_a_stack_of_one_layer():
     assert run.values("activation_std", -1)[-1] == 0
 
 
+def test_a_run_that_comes_back_to_life_is_not_dead():
+    """One unit and three samples: by chance all are 0 in some epochs and not in later ones."""
+    run = compare_initializers(["he_normal"], (10, 10, 1), samples=3, epochs=6, learning_rate=1e-3, seed=5)["he_normal"]
+    alive = [row.activation_std > 0 for row in run.rows if row.layer == 2]
+    assert not all(alive) and alive[-1] and "dead" not in run.verdict()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25, -1e5, 1e17])
+def test_a_histogram_of_one_number_has_room_around_it(value):
+    given = {"constant": keras.initializers.Constant(value)}
+    comparison = compare_initializers(given, (4, 3), "tanh", samples=2, epochs=1)
+    (histogram,) = (h for h in comparison.histograms if h.quantity == "kernel")
+    assert sum(histogram.counts) == max(histogram.counts) == 12
+    assert list(histogram.edges) == sorted(set(histogram.edges))
+    assert histogram.edges[0] < np.float32(value) < histogram.edges[-1]
+
+
 def test_a_mask_without_any_weight_gives_zeros_and_no_warning():
     run = compare_initializers({"empty": SparseScaledInit(mask=np.zeros((4, 3)))}, (4, 3), samples=2, epochs=2)["empty"]
     assert run.values("kernel_std", 1) == [0] and run.values("kernel_gradient_std", 1) == [0]

@@ -169,6 +169,57 @@ def test_time_steps_are_positions(library):
 
 
 @BOTH
+def test_a_model_at_each_time_step_counts_once(library):
+    """tf_keras runs it a second time for its mask."""
+    L = library.layers
+    inner = library.Sequential(
+        [L.Input((2,)), L.Dense(4, "relu", name="a"), L.Dense(3, "relu", name="b")], name="inner"
+    )
+    after = L.Dense(2, "relu", name="after")
+    model = library.Sequential([L.Input((3, 2)), L.TimeDistributed(inner, name="steps"), after])
+    x = X.reshape(300, 3, 2)
+    hidden = number(inner.layers[0](X.reshape(900, 2)))
+    outputs = [hidden, number(inner.layers[1](hidden))]
+    outputs.append(number(after(outputs[1])))
+    per_unit, patterns = counted_by_loops([values.reshape(300, 3, -1) for values in outputs])
+    zeros = count_relu_zeros(model, x, batch_size=128)
+    assert [zeros.per_unit[f"steps/inner/{name}"].tolist() for name in "ab"] == per_unit[:2]
+    assert zeros.per_unit["after"].tolist() == per_unit[2]
+    assert (zeros.outputs["steps/inner/a"], zeros.patterns) == (3600, patterns)
+
+
+@BOTH
+def test_the_first_axis_after_the_samples_is_that_of_units_where_channels_come_first(library):
+    L = library.layers
+
+    class First(L.Layer):  # No convolution of these runs on a CPU.
+        def __init__(self):
+            super().__init__(name="first")
+            self.activation, self.data_format = library.activations.relu, "channels_first"
+
+        def call(self, inputs):
+            return self.activation(inputs)
+
+    zeros = count_relu_zeros(library.Sequential([L.Input((6, 6, 2)), First()]), IMAGES)
+    assert zeros.per_unit["first"].tolist() == (IMAGES <= 0).sum(axis=(0, 2, 3)).tolist()
+
+
+@BOTH
+def test_stateful_layers_do_not_go_on(library):
+    L = library.layers
+    one = {"batch_shape": (4, 3, 2)} if library is keras else {"shape": (3, 2), "batch_size": 4}
+    lstm = L.LSTM(4, stateful=True)
+    model = library.Sequential([L.Input(**one), lstm, L.Dense(3, "relu")])
+    x = X.reshape(300, 3, 2)
+    model(x[:4])
+    before = [number(state).copy() for state in lstm.states]
+    first = count_relu_zeros(model, x, batch_size=4)
+    for state, expected in zip(lstm.states, before, strict=True):
+        np.testing.assert_array_equal(number(state), expected)
+    assert expected.any() and count_relu_zeros(model, x, batch_size=4).total == first.total
+
+
+@BOTH
 def test_inputs_may_be_lists_dicts_and_datasets(library):
     L = library.layers
     inputs = {"a": L.Input((2,), name="a"), "b": L.Input((4,), name="b")}

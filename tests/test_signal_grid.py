@@ -1,6 +1,7 @@
 """The signal-propagation experiment: what it measures, what it writes, and the command."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -185,8 +186,12 @@ def test_the_command_prints_the_table_and_leaves_every_file(tmp_path, monkeypatc
     assert content["repeats"] == 2 and content["inits"] == ["unit", "layer"] and content["versions"]["numpy"]
     found = [(c["mask"], c["init"], c["output_std_mean"]) for c in content["cells"]]
     assert found == [(c["mask"], c["init"], pytest.approx(c["output_std_mean"], rel=1e-5)) for c in expected.cells()]
-    for name, rows in (("signal.csv", 4), ("networks.csv", 8)):
-        assert len(list(csv.DictReader((directory / name).read_text().splitlines()))) == rows
+    for name, rows in (("signal.csv", content["cells"]), ("networks.csv", map(dataclasses.asdict, expected.networks))):
+        written = list(csv.DictReader((directory / name).read_text().splitlines()))
+        for row, known in zip(written, rows, strict=True):
+            assert row.keys() == known.keys() and (row["mask"], row["init"]) == (known["mask"], known["init"])
+            for column in ("output_std", "unit_std") if name == "networks.csv" else ("output_std_q25", "unit_std_mean"):
+                assert float(row[column]) == pytest.approx(known[column], rel=1e-5)
     again, config = make_signal([directory / "operative_config.gin"])
     assert (again.repeats, again.seed, again.inits) == (2, 7, ("unit", "layer"))
     assert config == (directory / "operative_config.gin").read_text()
@@ -205,6 +210,15 @@ def test_without_matplotlib_everything_but_the_plots_is_written(result, tmp_path
         monkeypatch.setitem(sys.modules, name, None)
     assert "pip install matplotlib" in result.write(tmp_path / "new")
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"signal.csv", "networks.csv", "results.json"}
+
+
+def test_settings_of_numpys_types_are_written_too(tmp_path):
+    ones = {"repeats": np.int64(1), "inputs": np.int32(2), "seed": np.int64(1), "scale": np.float32(2)}
+    SignalGrid(masks=["uniform"], sparsities=np.array([0.5], np.float32), **ones).run().write(tmp_path)
+    with pytest.raises(FileExistsError, match="is not empty; results are never overwritten"):
+        made_up([1.0]).write(tmp_path)
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert {name: content[name] for name in ones} == {"repeats": 1, "inputs": 2, "seed": 1, "scale": 2.0}
 
 
 def test_the_config_is_the_default_grid_as_its_header_says():

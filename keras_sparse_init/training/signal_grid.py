@@ -85,8 +85,9 @@ class SignalGrid:
         for name in ("repeats", "inputs"):
             if not is_integer(value := getattr(self, name)) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
-        check_positive("scale", self.scale)
-        check_seed(self.seed)
+            object.__setattr__(self, name, int(value))  # JSON does not hold those of NumPy.
+        object.__setattr__(self, "scale", check_positive("scale", self.scale))
+        object.__setattr__(self, "seed", check_seed(self.seed))
 
     def images(self) -> np.ndarray:
         """The inputs, a float32 array of shape (inputs, 28, 28, 3)."""
