@@ -136,8 +136,8 @@ def _add_config_arguments(
         action="append",
         default=[],
         metavar="MODULE",
-        help="a Python module, looked for in the working directory too, whose functions and classes bindings may name, "
-        "such as train.model=@my_network; may be repeated",
+        help="a Python module, looked for in the working directory too, whose functions and classes bindings may name "
+        "as @NAME; may be repeated",
     )
     parser.add_argument(
         "--output_dir",

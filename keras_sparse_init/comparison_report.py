@@ -86,7 +86,8 @@ class Histogram:
     def of(cls, initializer: str, epoch: int, layer: int, quantity: str, values: np.ndarray) -> Histogram:
         """The histogram of an array of finite values."""
         values = values.astype(np.float64)
-        low, high = float(values.min()), float(values.max())
+        # A mask may leave no weight.
+        low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
         if low == high:
             # NumPy's own way, 1/2 to both sides, leaves no room for edges around a large number.
             width = max(0.5, abs(low) / 2)

@@ -8,10 +8,14 @@ from typing import Any
 
 # How many times smaller or larger a signal may become. Of a healthy network it stays within about 3.
 _FACTOR = 10.0
-# Samples whose directions agree so well are one sample to what follows.
-_SAME = 0.99
-# Networks with ReLU have a few dead units by chance, more of them deep inside.
+# Samples whose directions agree so well are one sample to what follows: they differ by 1% of their length. What ReLUs
+# and pooling over an image put out agrees to 0.999 in healthy networks.
+_SAME = 0.9999
+# Networks with ReLU have a few dead units by chance, more of them deep inside; one of few samples is often 0.
 _DEAD = 0.25
+_SAMPLES_FOR_DEAD = 10
+# What attention does with its kernels is no chain: queries and keys do not become its outputs.
+_BESIDES = ("EinsumDense",)
 _OFF_PATH = 0.25
 
 
@@ -19,10 +23,11 @@ def diagnose(report: Any) -> list[str]:
     """The faults of a `SignalReport`, one sentence each; empty when there is none to be seen.
 
     Looked at are the pre-activations of layers with kernels (all others say little: pooling and softmax make a signal
-    small as they should), their gradients, ReLU zeros and masks. Bounds: a factor of 10 in the root mean square, cosine
-    0.99 between samples, a quarter of the units of a layer dead or on no path.
+    small as they should; those inside attention stand beside each other), their gradients, ReLU zeros and masks.
+    Bounds: a factor of 10 in the root mean square, cosine 0.9999 between samples, a quarter of the units of a layer
+    dead or on no path. Normalization is taken to bring a signal back to size; batch normalization does so in training.
     """
-    return [
+    faults = [
         *_not_finite(report),
         *_changes(report, "signal", ("shrinks", "grows"), lambda layer: layer.pre.rms if layer.pre else layer.post.rms),
         *_at_the_output(report),
@@ -31,6 +36,12 @@ def diagnose(report: Any) -> list[str]:
         *_same_direction(report),
         *_masks(report),
     ]
+    if faults and not report.training and any("BatchNormalization" in layer.kind for layer in report.layers):
+        faults.append(
+            "Batch normalization ran with its running statistics, which at initialization are not those of the data: "
+            "see measure_signal(..., training=True) too."
+        )
+    return faults
 
 
 def _not_finite(report: Any) -> Iterator[str]:
@@ -54,7 +65,9 @@ def _changes(
     """The largest shrinking and the largest growth between two layers with kernels, one after the other."""
     # A normalization, None here, sets the size anew: what is before it cannot be held against what is after.
     normalized = [layer.has_kernel or "Normalization" in layer.kind for layer in report.layers]
-    layers = [layer for layer, counts in zip(report.layers, normalized, strict=True) if counts]
+    layers = [
+        layer for layer, counts in zip(report.layers, normalized, strict=True) if counts and layer.kind not in _BESIDES
+    ]
     entries = [(layer.name, size(layer) if layer.has_kernel else None) for layer in layers]
     entries = [(name, value) for name, value in entries if value is None or math.isfinite(value)]
     for verb, sign in zip(verbs, (1.0, -1.0), strict=True):
@@ -97,7 +110,7 @@ def _as_if_dense(report: Any) -> list[str]:
 
 def _at_the_output(report: Any) -> Iterator[str]:
     if report.output_is_constant and report.samples > 1:
-        yield "The output is the same for all samples: the network is dead."
+        yield "The output is the same for all samples: the network is dead, or the samples are alike."
 
 
 def _gradients(report: Any) -> Iterator[str]:
@@ -111,7 +124,7 @@ def _gradients(report: Any) -> Iterator[str]:
 
 
 def _dead(report: Any) -> Iterator[str]:
-    for layer in report.layers:
+    for layer in report.layers if report.samples >= _SAMPLES_FOR_DEAD else ():
         if layer.dead_units is not None and layer.dead_units > _DEAD * layer.units:
             yield f"{layer.dead_units} of {layer.units} units of {layer.name!r} are 0 for every sample."
 

@@ -25,7 +25,7 @@ class Objective:
     def __init__(self, model: Any, samples: Samples, loss: Any, seed: int) -> None:
         self._model, self._samples, self._seed = model, samples, seed
         self._loss = None if loss is None else _check_loss(model, loss)
-        self.name = "random output gradients" if loss is None else "the loss"
+        self.name = "a random sum of the outputs" if loss is None else "the loss"
         self.factor = 1.0 if loss is None else 2.0 ** math.ceil(math.log2(samples.count))
         self._shapes: list[tuple[int, ...]] | None = None
 

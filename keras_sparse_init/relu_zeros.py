@@ -25,9 +25,9 @@ def count_relu_zeros(model: Any, x: Any, batch_size: int | None = None) -> ReluZ
     zeros_j = #{(sample, position): max(z_j, 0) = 0}
 
     ReLUs are activations "relu" and "relu6" of layers, the functions of either Keras, TensorFlow, JAX and torch, `ReLU`
-    layers without slope or threshold and `Activation` layers of these functions; `maximum(x, 0)` is not known as one. The
-    model runs once on the data, as at prediction, batch after batch; it is left as it was, kernels in tfmot's wrappers
-    too.
+    layers without slope or threshold and `Activation` layers of these functions; `maximum(x, 0)` is not known as one.
+    The model runs once on the data, as at prediction, batch after batch; it is left as it was, kernels in tfmot's
+    wrappers too.
 
     Args:
         model: A built model or layer of either Keras.

@@ -47,6 +47,7 @@ def measure_signal(
             N(0, 1).
         training: Whether the model runs as in training: with dropout, and with batch normalization by the statistics of
             each batch. (The dropout of tf_keras draws from TensorFlow's global generator; that of Keras 3 is put back.)
+            At initialization batch normalization does nothing in prediction: it has not seen data yet.
         batch_size: How many samples run at a time. The result does not depend on it, save as batch normalization in
             training does.
         seed: Non-negative int from which the random output gradients are drawn.

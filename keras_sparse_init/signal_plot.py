@@ -25,7 +25,7 @@ def figure_of(report: Any) -> Any:
     _draw(signal, [layer.post.std for layer in layers], "activations", log=True)
     signal.set_title("standard deviation")
     _draw(gradient, [layer.gradient_std for layer in layers], "activations", log=True)
-    gradient.set_title(f"standard deviation of gradients of {report.gradient_of}")
+    gradient.set_title(f"std of gradients of {report.gradient_of}")
     _draw(zeros, [layer.zero_fraction for layer in layers], "activations that are 0")
     dead = [None if layer.dead_units is None else layer.dead_units / layer.units for layer in layers]
     _draw(zeros, dead, "units that are always 0")

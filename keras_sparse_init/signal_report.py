@@ -33,7 +33,8 @@ class LayerSignal:
         dead_units: Units that are 0 for every sample, everywhere.
         always_on_units: Units that are 0 for no sample, nowhere.
         cosine: Mean cosine of the angle between the pre-activations (else outputs) of two samples.
-        gradient_mean: Mean of the gradient for the activations; None where nothing depends on them.
+        gradient_mean: Mean of the gradient for the activations; None where nothing depends on them. (Keras's
+            cross-entropies take the logits from behind a softmax or sigmoid: nothing depends on that.)
         gradient_std: Standard deviation of it.
     """
 
@@ -111,7 +112,7 @@ class SignalReport:
         model: The model's name.
         samples: Number of samples.
         training: Whether the model ran as in training.
-        gradient_of: What the gradients are of: "the loss", or "random output gradients".
+        gradient_of: What the gradients are of: "the loss", or "a random sum of the outputs".
         layers: What went through each layer, in the order of their calls.
         kernels: All kernels, in model order.
         outputs: The model's outputs, each over everything and by unit.
@@ -131,7 +132,7 @@ class SignalReport:
         >>> report["dense"].pre.mean, report["dense"].zero_fraction
         (1.0, 0.5)
         >>> print(report)  # doctest: +ELLIPSIS
-        small: 2 samples, as in prediction, gradients of random output gradients
+        small: 2 samples, as in prediction, gradients of a random sum of the outputs
         layer  units  pre std  std  unit std  zeros  dead  cosine  gradient std
         dense      2        5    3         3  50.0%     0  -1.000  ...
     """
@@ -206,6 +207,10 @@ def _lines(report: SignalReport) -> Iterator[str]:
         for layer in report.layers
     ]
     yield laid_out([header, *rows])
+    yield (
+        "std is over everything, unit std that of a unit over samples (mean over units); pre: before the activation; "
+        "cosine: of two samples, mean"
+    )
     constant = ", the same for all samples" if report.output_is_constant else ""
     yield f"output std {number(report.output_std)}{constant}"
     if report.kernels:
@@ -254,6 +259,11 @@ def _lines_of_kernels(report: SignalReport) -> Iterator[str]:
             ]
         rows.append(row)
     yield laid_out([header, *rows], left=2)
+    if masked:
+        yield (
+            "effective sparsity counts connections on a path from input to output; no input: units without any; no "
+            "output: inputs that no unit uses; off: units on no path from an input, or to an output"
+        )
     if masked and report.effective_sparsity is not None:
         yield f"effective sparsity of the masked kernels together: {report.effective_sparsity:.2%}"
 

@@ -101,3 +101,39 @@ def test_the_scale_of_kernels_is_that_of_their_masks():
     assert entry.scale == pytest.approx((weights**2).sum(axis=0).mean(), rel=1e-5)
     assert entry.scale_for_mask == pytest.approx(2.0)  # Of the layer's own initializer.
     assert entry.scale_as_dense == pytest.approx(2.0 * 0.2, rel=0.01)
+
+
+@BOTH
+def test_healthy_networks_with_pooling_or_attention_have_no_fault(library):
+    layers = library.layers
+    images = layers.Input((16, 16, 1))
+    x = images
+    for i in range(3):
+        conv = layers.Conv2D(16, 3, padding="same", kernel_initializer=SparseScaledInit(2.0, seed=i))
+        x = layers.ReLU()(layers.BatchNormalization()(conv(x)))
+    head = layers.Dense(10, kernel_initializer=SparseScaledInit(2.0, seed=9))
+    pooled = library.Model(images, head(layers.GlobalAveragePooling2D()(x)))
+    steps = layers.Input((8, 12))
+    attention = layers.MultiHeadAttention(2, 6, kernel_initializer=SparseScaledInit(2.0, seed=1))
+    attending = library.Model(
+        steps, layers.Dense(3, kernel_initializer=SparseScaledInit(2.0, seed=2))(attention(steps, steps))
+    )
+    random = np.random.default_rng(0)
+    # Images that are alike in their brightness, as photographs are.
+    pictures = random.uniform(0, 1, size=(100, 1, 1, 1)) * random.uniform(0, 1, size=(16, 16, 1))
+    pictures = pictures + 0.2 * random.normal(size=(100, 16, 16, 1))
+    assert measure_signal(pooled, pictures, training=True).diagnose() == []
+    assert measure_signal(attending, random.normal(size=(50, 8, 12))).diagnose() == []
+
+
+def test_a_fault_of_a_model_with_batch_normalization_in_prediction_says_how_to_measure_it():
+    layers = keras.layers
+    dense = [layers.Dense(50, kernel_initializer=keras.initializers.RandomNormal(0, 0.01, seed=i)) for i in range(3)]
+    model = keras.Sequential([layers.Input((50,)), dense[0], layers.BatchNormalization(), dense[1], dense[2]])
+    x = np.random.default_rng(0).normal(size=(100, 50))
+    assert _has(measure_signal(model, x).diagnose(), "running statistics", "training=True")
+    assert not _has(measure_signal(model, x, training=True).diagnose(), "running statistics")
+
+
+def test_of_one_sample_no_unit_is_called_dead():
+    assert measure_signal(_perceptron(keras, depth=2), _X[:1]).diagnose() == []

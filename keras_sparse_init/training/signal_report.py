@@ -19,6 +19,10 @@ Measure = Literal["output_std", "unit_std"]
 _TITLES = {"output_std": "std(output)", "unit_std": "mean(std per unit)"}
 _COLORS = {"dense": "C0", "unit": "C1", "layer": "C2"}
 
+_LEGEND = """std(output): over inputs and units; std per unit: over inputs, mean over the units of the dense layers
+both: median, quartiles and mean over the networks of a row; dead: networks whose outputs are all 0, which count as 0
+init: weights scaled by the dense fan-in ("dense"), each unit's own ("unit"), the layer's mean ("layer")"""
+
 _MOST_TICKS = 6  # Sparsities for whose labels a panel has room.
 
 CONFIG = "operative_config.gin"
@@ -169,7 +173,7 @@ class SignalResult:
                 spread = f"{row[f'{name}_q25']:.2g} to {row[f'{name}_q75']:.2g}"
                 numbers += [f"{median:.3g}", spread, f"{mean:.3g}"]
             rows.append([row["mask"], f"{row['sparsity']:.1%}", row["init"], *numbers, f"{row['dead']:.0%}"])
-        return format_table(header, rows)
+        return f"{format_table(header, rows)}\n{_LEGEND}"
 
 
 def _sparsity(row: dict[str, Any]) -> float:
