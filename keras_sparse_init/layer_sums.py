@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_sparse_init import compat
 from keras_sparse_init.moments import Directions, Moments, Zeros
-from keras_sparse_init.probe import Seen
+from keras_sparse_init.probe import Place, Seen
 from keras_sparse_init.signal_report import LayerSignal
 
 
@@ -32,32 +32,42 @@ class LayerSums:
     post_shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, seen: Seen, count: int, factor: float, cache: dict[int, _Parts]) -> LayerSums:
+    def of(cls, seen: Seen, count: int, factor: float, cache: dict[int, Parts]) -> LayerSums:
         """Those of one batch.
 
         Args:
-            seen: What was seen.
+            seen: What was seen: arrays; or, where they have been summed before, `Parts`, a `NotSeenError` in place of
+                what cannot be, and the moments of the gradient.
             count: Number of samples.
             factor: By what the gradients are too large.
             cache: What has been made of the arrays of this batch: layers share them.
+
+        Raises:
+            NotSeenError: When the values are not those of samples.
         """
 
-        def parts(values: np.ndarray) -> _Parts:
+        def parts(values: Any) -> Parts:
+            if isinstance(values, NotSeenError):
+                raise values
+            if isinstance(values, Parts):
+                return values
             if id(values) not in cache:
-                cache[id(values)] = _Parts(as_matrix(values, count))
+                cache[id(values)] = _ArrayParts(values, count)
             return cache[id(values)]
 
-        first = seen.post if seen.pre is None else seen.pre
-        gradient = None if seen.gradient is None else Moments.of_all(real(seen.gradient)).divided(factor)
+        first, post = parts(seen.post if seen.pre is None else seen.pre), parts(seen.post)
+        gradient = seen.gradient
+        if gradient is not None and not isinstance(gradient, Moments):
+            gradient = Moments.of_all(real(gradient))
         return cls(
             layer=seen.layer,
-            pre=None if seen.pre is None else parts(seen.pre).moments,
-            post=parts(seen.post).moments,
-            zeros=None if seen.pre is None or _is_linear(seen.layer) else Zeros.of(parts(seen.post).values),
-            directions=parts(first).directions,
-            gradient=gradient,
-            pre_shape=_sample_shape(first, count),
-            post_shape=_sample_shape(seen.post, count),
+            pre=None if seen.pre is None else first.moments,
+            post=post.moments,
+            zeros=post.zeros if has_zeros(seen) else None,
+            directions=first.directions,
+            gradient=None if gradient is None else gradient.divided(factor),
+            pre_shape=first.sample_shape,
+            post_shape=post.sample_shape,
         )
 
     def merged(self, other: LayerSums) -> LayerSums:
@@ -103,27 +113,47 @@ class LayerSums:
         )
 
 
-class _Parts:
-    """What is made of an array of shape (samples, positions) when it is asked for, once."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parts:
+    """What is made of an array of samples; None is what no layer asks for."""
 
-    def __init__(self, values: np.ndarray) -> None:
-        self.values = values
+    sample_shape: tuple[int, ...]
+    moments: Moments
+    directions: Directions | None
+    zeros: Zeros | None
+
+
+class _ArrayParts:
+    """`Parts` of an array, each made when it is asked for, once."""
+
+    def __init__(self, values: np.ndarray, count: int) -> None:
+        self._matrix, self.sample_shape = as_matrix(values, count), sample_shape(values.shape, count)
 
     @functools.cached_property
     def moments(self) -> Moments:
-        """The moments of its positions."""
-        return Moments.of(self.values)
+        return Moments.of(self._matrix)
 
     @functools.cached_property
     def directions(self) -> Directions:
-        """The directions of its samples."""
-        return Directions.of(self.values)
+        return Directions.of(self._matrix)
+
+    @functools.cached_property
+    def zeros(self) -> Zeros:
+        return Zeros.of(self._matrix)
 
 
-def _is_linear(layer: Any) -> bool:
-    activation = getattr(layer, "activation", None)
+def moments_of(outputs: list[Any], count: int) -> list[Moments]:
+    """Those of the outputs of a model: of floating arrays, or moments as they are."""
+    found = [output for output in outputs if isinstance(output, Moments) or compat.is_floating(output)]
+    return [output if isinstance(output, Moments) else Moments.of(as_matrix(output, count)) for output in found]
+
+
+def has_zeros(place: Seen | Place) -> bool:
+    """Whether zeros are counted: those of an activation that is not linear."""
+    activation = getattr(place.layer, "activation", None)
     # A layer whose kind is an activation (ReLU) has no attribute of that name.
-    return hasattr(layer, "activation") and (activation is None or compat.is_linear(activation))
+    is_linear = hasattr(place.layer, "activation") and (activation is None or compat.is_linear(activation))
+    return place.pre is not None and not is_linear
 
 
 def real(values: np.ndarray) -> np.ndarray:
@@ -139,13 +169,17 @@ def as_matrix(values: np.ndarray, count: int) -> np.ndarray:
     """
     if not compat.is_floating(values):
         raise NotSeenError(f"its output has the dtype {values.dtype}")
-    _sample_shape(values, count)
+    sample_shape(values.shape, count)
     return np.ascontiguousarray(real(values).reshape(count, -1))
 
 
-def _sample_shape(values: np.ndarray, count: int) -> tuple[int, ...]:
-    """The shape of a sample; rows of a layer that is called on all parts of samples at once are an axis more."""
-    rows = values.shape[0] if values.ndim else 0
-    if rows == 0 or rows % count or values.size == 0:
-        raise NotSeenError(f"its output of shape {values.shape} has no axis for the {count} samples")
-    return values.shape[1:] if rows == count else (rows // count, *values.shape[1:])
+def sample_shape(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The shape of a sample; rows of a layer that is called on all parts of samples at once are an axis more.
+
+    Raises:
+        NotSeenError: When the first axis is not that of samples.
+    """
+    rows = shape[0] if shape else 0
+    if rows == 0 or rows % count or 0 in shape:
+        raise NotSeenError(f"its output of shape {shape} has no axis for the {count} samples")
+    return shape[1:] if rows == count else (rows // count, *shape[1:])

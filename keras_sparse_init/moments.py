@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
-# Where squares in float32 would lose what is so small, sums are made in float64.
-_SMALL = 1e-12
+# Values beyond these are summed in float64: float32 would lose their squares.
+TINY, HUGE = 1e-12, 1e12
 # A variance as a difference of sums is right to float32 as long as the squared mean is not this many times as large.
 _OUTWEIGHED = 100.0
 
@@ -69,7 +70,7 @@ class Moments:
         with np.errstate(all="ignore"):
             mean = float(flat.sum()) / max(flat.size, 1)
             squares = float(flat @ flat) - flat.size * mean**2
-            if squares * _OUTWEIGHED < flat.size * mean**2:
+            if not is_kept(squares, flat.size, mean):
                 centred = flat - flat.dtype.type(mean)
                 squares = float(centred @ centred)
             mean, squares = np.array([mean]), np.array([squares])
@@ -136,7 +137,7 @@ class Directions:
         """Those of an array of shape (samples, positions)."""
         with np.errstate(all="ignore"):
             lengths = np.sqrt(np.einsum("ij,ij->i", values, values))
-            if values.dtype != np.float64 and not (lengths.min() > _SMALL and lengths.max() < 1 / _SMALL):
+            if values.dtype != np.float64 and not (lengths.min() > TINY and lengths.max() < HUGE):
                 if values.any():
                     return cls.of(values.astype(np.float64))
             # The length of what has NaN is NaN, and so is the sum then.
@@ -197,9 +198,14 @@ def _by_unit(values: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarra
     return np.moveaxis(values.reshape(shape), axis, -1).reshape(-1, shape[axis])
 
 
+def is_kept(squares: Any, count: Any, mean: Any) -> Any:
+    """Whether sums of squared differences from a mean are right, as what is left of sums of squares in float32."""
+    return np.logical_not(squares * _OUTWEIGHED < count * mean**2)
+
+
 def _centre(values: np.ndarray, mean: np.ndarray, squares: np.ndarray) -> None:
     """Sums of squared differences anew, in place, for columns of which the mean outweighs the deviation by far."""
-    lost = squares * _OUTWEIGHED < len(values) * mean**2
+    lost = ~is_kept(squares, len(values), mean)
     if not lost.any():
         return
     if 8 * np.count_nonzero(lost) > lost.size:
@@ -213,4 +219,4 @@ def _is_extreme(values: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> b
     if values.dtype == np.float64:
         return False
     size = math.sqrt((mean * mean + variance).max(initial=0.0))
-    return not _SMALL < size < 1 / _SMALL and (size != 0 or bool(values.any())) and bool(np.isfinite(values).all())
+    return not TINY < size < HUGE and (size != 0 or bool(values.any())) and bool(np.isfinite(values).all())

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from keras_sparse_init import compat
 from keras_sparse_init.watching import Watched, watch
 
 Objective = Callable[[Any, Any], Any]
+
+
+class Place(NamedTuple):
+    """Where in the list of values of a pass pre-activations, if any, and activations of a layer's call are."""
+
+    name: str
+    layer: Any
+    pre: int | None
+    post: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,6 +49,16 @@ class Pass:
     outputs: list[Any]
 
 
+class Sums(Protocol):
+    """Takes the place of what is seen, so that it need not leave the traced function."""
+
+    def pack(self, count: int, places: list[Place], values: list[Any], gradients: list[Any], outputs: list[Any]) -> Any:
+        """Tensors, for `values` of `count` samples, `gradients` for those at `places`, and `outputs`."""
+
+    def unpack(self, packed: Any) -> tuple[list[Any], list[Any], list[Any]]:
+        """What is made of these, for each value, gradient and output."""
+
+
 class Probe:
     """A function of (x, target) that runs a model forward and backward and gives what is seen.
 
@@ -49,11 +68,20 @@ class Probe:
         objective: A function of (outputs, target) that returns a scalar tensor. Gradients are those of it.
         training: Whether the model runs as in training.
         compiled: Whether the pass is traced once and then reused. On JAX it always is.
+        sums: What is made of all that is seen, inside the traced function, in its place; TensorFlow only.
     """
 
-    def __init__(self, model: Any, kernels: list[Any], objective: Objective, training: bool, compiled: bool) -> None:
-        # For each tensor that came out of a layer: name, layer, and where in the list of values pre and post are.
-        self._places: list[tuple[str, Any, int | None, int]] = []
+    def __init__(
+        self,
+        model: Any,
+        kernels: list[Any],
+        objective: Objective,
+        training: bool,
+        compiled: bool,
+        sums: Sums | None = None,
+    ) -> None:
+        self._places: list[Place] = []
+        self._sums = sums
         # The ids of all layers that have been seen to be called.
         self.called: set[int] = set()
         # Names of the calls that no dense tensor came out of, with the reason why they are not seen.
@@ -69,16 +97,19 @@ class Probe:
 
     def __call__(self, x: Any, target: Any) -> Pass:
         """Runs once on tensors or nests of them. What is one tensor is one array, which may share its memory."""
-        values, gradients, kernel_gradients, outputs = self._run(x, target)
-        values, gradients, kernel_gradients, outputs = (
-            [None if item is None else compat.view(item) for item in items]
-            for items in (values, gradients, kernel_gradients, outputs)
-        )
+        *shown, kernel_gradients = self._run(x, target)
+        values, gradients, outputs = map(_arrays, shown) if self._sums is None else self._sums.unpack(*shown)
         seen = [
             Seen(name, layer, None if pre is None else values[pre], values[post], gradient)
             for (name, layer, pre, post), gradient in zip(self._places, gradients, strict=True)
         ]
-        return Pass(seen, kernel_gradients, outputs)
+        return Pass(seen, _arrays(kernel_gradients), outputs)
+
+    def shown(self, count: int, values: list[Any], gradients: list[Any], outputs: list[Any]) -> tuple[Any, ...]:
+        """What the traced function returns of `values` of `count` samples, gradients for places, and outputs."""
+        if self._sums is None:
+            return values, gradients, outputs
+        return (self._sums.pack(count, self._places, values, gradients, outputs),)
 
     def sort(self, items: list[Watched]) -> tuple[list[Any], list[Any]]:
         """Keeps what is where, and returns the different tensors that were watched, and all that came out of layers."""
@@ -101,7 +132,7 @@ class Probe:
                         index[id(tensor)] = len(values)
                         values[id(tensor)] = tensor
                 name_of_part = name if i == 0 else f"{name}[{i}]"
-                self._places.append((name_of_part, item.layer, index.get(id(pre)), index[id(post)]))
+                self._places.append(Place(name_of_part, item.layer, index.get(id(pre)), index[id(post)]))
                 posts.append(post)
         return list(values.values()), posts
 
@@ -128,7 +159,9 @@ def _of_tensorflow(
         gradients = dict(zip(map(id, wanted), found, strict=False))
         if compiled:
             probe._writes.append(_has_writes(compat.current_trace()))
-        return values, [gradients.get(id(post)) for post in posts], found[len(wanted) :], tf.nest.flatten(outputs)
+        count = tf.nest.flatten(x)[0].shape[0]
+        shown = probe.shown(count, values, [gradients.get(id(post)) for post in posts], tf.nest.flatten(outputs))
+        return *shown, found[len(wanted) :]
 
     return tf.function(run, autograph=False) if compiled else run
 
@@ -188,7 +221,7 @@ def _of_jax(probe: Probe, model: Any, kernels: list[Any], objective: Objective, 
     def at(x: Any, target: Any) -> Any:
         values = [variable.value for variable in trainable + others]
         found, gradients, of_kernels, outputs = backward([values[index] for index in wanted], values, x, target)
-        return found, [None if index is None else gradients[index] for index in order], of_kernels, outputs
+        return found, [None if index is None else gradients[index] for index in order], outputs, of_kernels
 
     return at
 
@@ -214,11 +247,15 @@ def _of_torch(
         return (
             values,
             [gradients.get(id(post)) for post in posts],
-            [gradients.get(id(kernel)) for kernel in sources],
             keras.tree.flatten(outputs),
+            [gradients.get(id(kernel)) for kernel in sources],
         )
 
     return run
+
+
+def _arrays(items: list[Any]) -> list[Any]:
+    return [None if item is None else compat.view(item) for item in items]
 
 
 def _repeats(item: Watched, values: dict[int, Any]) -> bool:

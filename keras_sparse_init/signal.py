@@ -9,9 +9,10 @@ import numpy as np
 
 from keras_sparse_init import compat, traversal
 from keras_sparse_init.arguments import check_seed, is_integer
+from keras_sparse_init.graph_sums import GraphSums, UnfitError
 from keras_sparse_init.jacobian import singular_values
 from keras_sparse_init.kernel_scale import effective_values, expected_scales, scale_of
-from keras_sparse_init.layer_sums import LayerSums, NotSeenError, as_matrix, real
+from keras_sparse_init.layer_sums import LayerSums, NotSeenError, moments_of, real
 from keras_sparse_init.masked_kernel import masked_kernels
 from keras_sparse_init.moments import Moments
 from keras_sparse_init.objective import Objective
@@ -120,23 +121,34 @@ class Signals:
         self._owners = {id(place.owner) for place in self._places if "embeddings" not in place.attribute}
         self._expected_calls = _expected_calls(walked[1:])
         kernels = [place.kernel for place in self._places]
-        self._probe = Probe(model, kernels, self._objective, training, compiled)
+        # One that sums inside TensorFlow is used as long as it can.
+        in_graph = compiled and not jacobian and compat.backend_of(model) == "tensorflow"
+        options = [{"sums": GraphSums()}, {}] if in_graph else [{}]
+        self._probes = [Probe(model, kernels, self._objective, training, compiled, **option) for option in options]
         # What the masks connect, and the scales expected for them, are found anew only when masks have changed.
+        self._masked = masked_kernels(model)
         self._masks: list[np.ndarray] | None = None
         self._topology = Topology((), {})
         self._expected: list[tuple[float | None, float | None]] = []
 
     def measure(self) -> SignalReport:
         """Measures the model as it is now."""
+        try:
+            return self._report(self._probes[0])
+        except UnfitError:
+            del self._probes[0]
+            return self._report(self._probes[0])
+
+    def _report(self, probe: Probe) -> SignalReport:
         layers: dict[str, LayerSums] = {}
         not_seen: dict[str, str] = {}
         gradients: list[np.ndarray | None] = [None] * len(self._places)
         outputs: list[Moments] = []
         values: list[np.ndarray] = []
         factor = self._objective.factor
-        with contextlib.nullcontext() if self._probe.is_pure else left_as_it_is(self._model):
+        with contextlib.nullcontext() if probe.is_pure else left_as_it_is(self._model):
             for x, target, count in self._batches:
-                result = self._probe(x, target)
+                result = probe(x, target)
                 cache: dict[int, Any] = {}
                 for seen in result.seen:
                     try:
@@ -147,12 +159,10 @@ class Signals:
                     layers[seen.name] = layers[seen.name].merged(sums) if seen.name in layers else sums
                 for i, gradient in enumerate(result.kernel_gradients):
                     if gradient is not None:
-                        gradient = real(gradient) if factor == 1 else real(gradient) / np.float32(factor)
-                        gradients[i] = gradient if gradients[i] is None else gradients[i] + gradient
+                        gradients[i] = real(gradient) if gradients[i] is None else gradients[i] + real(gradient)
                 if self._jacobian:
                     values.append(singular_values(self._model, x, self._training))
-                floating = [output for output in result.outputs if compat.is_floating(output)]
-                found = [Moments.of(as_matrix(output, count)) for output in floating]
+                found = moments_of(result.outputs, count)
                 outputs = [a.merged(b) for a, b in zip(outputs, found, strict=True)] if outputs else found
         # Each output counts by its entries.
         whole = Moments(
@@ -172,20 +182,20 @@ class Signals:
             output_std=whole.spread().std,
             output_is_constant=whole.is_constant(),
             effective_sparsity=self._topology.effective_sparsity if self._topology.kernels else None,
-            not_seen={**not_seen, **self._probe.without_tensor, **self._not_called()},
+            not_seen={**not_seen, **probe.without_tensor, **self._not_called(probe)},
             not_read=self._topology.not_read,
             singular_values=tuple(map(tuple, np.concatenate(values).tolist())) if values else None,
         )
 
     def _kernels(self, gradients: list[np.ndarray | None]) -> tuple[KernelSignal, ...]:
-        masked = masked_kernels(self._model)
+        masked, factor = self._masked, self._objective.factor
         masks = [kernel.mask_value() for kernel in masked]
         if self._masks is None or not all(map(np.array_equal, masks, self._masks)):
             # Copies: on a CPU they may share the memory of the variables.
             self._masks = [mask.copy() for mask in masks]
             self._topology = topology(self._model)
             self._expected = [expected_scales(kernel, mask) for kernel, mask in zip(masked, masks, strict=True)]
-        values = effective_values(self._model, masked)
+        values = effective_values(self._model, masked) if masked else []
         entries = {
             id(_raw(kernel.kernel)): (kernel, mask, scale_of(value, mask, kernel.layout), expected, connected)
             for kernel, mask, value, expected, connected in zip(
@@ -197,18 +207,20 @@ class Signals:
             kernel, mask, scale, expected, connected = entries.get(
                 id(_raw(place.kernel)), (None, None, None, (None, None), None)
             )
-            spread = flow = None
+            mean = std = flow = None
             if gradient is not None:
                 active = gradient if mask is None else gradient[mask]
-                spread = Moments.of_all(active).spread() if active.size else None
-                flow = active.size * spread.rms**2 if spread else 0.0
+                moments = Moments.of_all(active).divided(factor)
+                flow = float(moments.squares[0] + active.size * moments.mean[0] ** 2)
+                if active.size:
+                    mean, std = float(moments.mean[0]), float(np.sqrt(moments.squares[0] / active.size))
             found.append(
                 KernelSignal(
                     name=place.path if kernel is None else kernel.name,
                     layer=place.path.rpartition("/")[0],
                     shape=place.shape,
-                    gradient_mean=None if spread is None else spread.mean,
-                    gradient_std=None if spread is None else spread.std,
+                    gradient_mean=mean,
+                    gradient_std=std,
                     gradient_flow=flow,
                     scale=scale,
                     scale_for_mask=expected[0],
@@ -218,9 +230,9 @@ class Signals:
             )
         return tuple(found)
 
-    def _not_called(self) -> dict[str, str]:
+    def _not_called(self, probe: Probe) -> dict[str, str]:
         """The layers that have not been seen to be called, with the reason."""
-        called = self._probe.called
+        called = probe.called
         return {name: why for name, layer, why in self._expected_calls if id(layer) not in called}
 
 

@@ -69,6 +69,7 @@ ORDER = (
     "signal_report",
     "probe",
     "layer_sums",
+    "graph_sums",
     "samples",
     "objective",
     "jacobian",

@@ -9,6 +9,7 @@ import tensorflow as tf
 import tf_keras
 
 from keras_sparse_init import SignalMonitor, compat, measure_signal, sparsify
+from keras_sparse_init.signal import Signals
 
 BOTH = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
 _RANDOM = np.random.default_rng(0)
@@ -28,6 +29,18 @@ def _model(library, **options):
     return model
 
 
+def _flat(report):
+    entries = [*report.layers, *report.kernels]
+    return {(entry.name, key): value for entry in entries for key, value in entry.row().items()}
+
+
+def _assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        # Sums in float32: of a mean the error is one of the values, whose size is about 1.
+        assert found[key] == (pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value), key
+
+
 @BOTH
 def test_it_measures_what_measure_signal_does_every_n_steps_and_training_stays_the_same(library, tmp_path):
     monitor = SignalMonitor(_X, _Y, "mse", every=4, output_dir=tmp_path / "new" / "signal", batch_size=25)
@@ -35,8 +48,7 @@ def test_it_measures_what_measure_signal_does_every_n_steps_and_training_stays_t
     at_first = measure_signal(model, _X, _Y, "mse", batch_size=25)
     model.fit(_X, _Y, batch_size=8, epochs=2, verbose=0, shuffle=False, callbacks=[monitor])
     assert list(monitor.reports) == [0, 4, 8]
-    for layer, other in zip(monitor.reports[0].layers, at_first.layers, strict=True):
-        assert layer.row() == {k: v if isinstance(v, str | None) else pytest.approx(v) for k, v in other.row().items()}
+    _assert_close(_flat(monitor.reports[0]), _flat(at_first))
     found, expected = monitor.reports[8], at_first
     assert found["a"].pre.std != expected["a"].pre.std
     model.fit(_X, _Y, batch_size=8, epochs=1, verbose=0, shuffle=False, callbacks=[monitor])
@@ -114,3 +126,41 @@ def test_bad_arguments_are_named_and_results_are_never_overwritten(tmp_path):
     for directory in (tmp_path, tmp_path / "file"):
         with pytest.raises(FileExistsError, match="not empty|is a file"):
             SignalMonitor(_X, output_dir=directory)
+
+
+def _assert_like_measure_signal(model, x, y, loss, **options):
+    """What the traced function sums by itself is what NumPy makes of all values."""
+    signals = Signals(model, x, y, loss, seed=0, compiled=True, batch_size=options.get("batch_size", 1024))
+    for _ in range(2):  # The second time without a trace.
+        report = signals.measure()
+        _assert_close(_flat(report), _flat(measure_signal(model, x, y, loss, **options)))
+    return signals
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", "float64"])
+def test_sums_made_inside_the_traced_function_are_those_of_all_values(library, dtype):
+    L = library.layers
+    policy = dtype if library is keras else tf_keras.mixed_precision.Policy(dtype)
+    inputs = L.Input((6, 6, 2))
+    h = L.ReLU(name="relu", dtype=policy)(L.Conv2D(4, 3, name="conv", dtype=policy)(inputs))
+    h = L.TimeDistributed(L.Dense(3, "tanh", dtype=policy), dtype=policy, name="rows")(h)
+    outputs = L.Dense(2, name="out", dtype="float32")(L.Flatten(dtype=policy)(h))
+    tokens = L.Lambda(lambda x: x > 0, name="tokens", **({"output_shape": (2,)} if library is keras else {}))(outputs)
+    model = library.Model(inputs, [outputs, tokens])
+    x = _RANDOM.normal(0.3, 1, size=(40, 6, 6, 2)).astype(np.float32)
+    signals = _assert_like_measure_signal(model, x, None, None, batch_size=25)
+    assert len(signals._probes) == (1 if dtype == "float64" else 2)  # float64 is left to NumPy.
+
+
+@BOTH
+def test_what_float32_has_no_room_for_is_summed_by_numpy(library):
+    L = library.layers
+    for kernel, bias in ((1e-20, 0.0), (1.0, 1e4), (0.0, 0.0), (np.nan, 0.0)):
+        layers = [L.Dense(5, "relu", name="a"), L.Dense(1, name="b")]
+        model = library.Sequential([L.Input((6,)), *layers])
+        layers[0].set_weights([np.full((6, 5), kernel), np.full(5, bias)])
+        signals = Signals(model, _X, _Y, "mse", batch_size=40, seed=0, compiled=True)
+        found, expected = _flat(signals.measure()), _flat(measure_signal(model, _X, _Y, "mse"))
+        assert found == {k: pytest.approx(v, nan_ok=True) if isinstance(v, float) else v for k, v in expected.items()}
+        assert len(signals._probes) == 1
