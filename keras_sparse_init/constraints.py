@@ -123,6 +123,9 @@ def apply_constraints(model: Any) -> None:
     Args:
         model: A built model or layer of either Keras.
 
+    Raises:
+        ValueError: When it is not built.
+
     Example:
         >>> import keras, numpy as np
         >>> from keras_sparse_init import WeightNormConstraint, apply_constraints
@@ -132,6 +135,8 @@ def apply_constraints(model: Any) -> None:
         >>> np.linalg.norm(dense.kernel, axis=0).round(5).tolist()
         [2.0, 2.0, 2.0]
     """
+    compat.library_of(model)
+    compat.require_built(model, "weights")
     masks = {id(kernel.kernel): kernel for kernel in masked_kernels(model)}
     for variable in model.variables:
         constraint = getattr(variable, "constraint", None)

@@ -137,3 +137,12 @@ def test_a_directory_that_holds_anything_is_refused_before_anything_is_computed(
     assert cli.main(["compare", "--output_dir", str(tmp_path)]) == 2
     assert "is not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_directory_that_cannot_be_made_is_refused_before_anything_is_computed(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    assert cli.main(["compare", "--output_dir", str(tmp_path / "file" / "in" / "it")]) == 2
+    assert "would lie in the file" in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda *_: False)  # Whoever runs the tests may be allowed everything.
+    assert cli.main(["compare", "--output_dir", str(tmp_path / "new")]) == 2
+    assert "no permission for" in capsys.readouterr().err

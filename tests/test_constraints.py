@@ -182,6 +182,13 @@ def test_apply_constraints_projects_at_once_frozen_layers_too_and_nothing_else(l
     np.testing.assert_array_equal(compat.to_numpy("kernel", model.layers[-1].kernel), free)
 
 
+@BOTH
+def test_apply_constraints_refuses_a_model_without_weights(library):
+    model = library.Sequential([library.layers.Dense(3, kernel_constraint=WeightNormConstraint())])
+    with pytest.raises(ValueError, match="has no weights yet because it is not built"):
+        apply_constraints(model)
+
+
 def _sparse_fit(model, library, callbacks=()):
     model.compile(library.optimizers.SGD(0.1, momentum=0.9), "mse")
     random = np.random.default_rng(1)

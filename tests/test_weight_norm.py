@@ -418,6 +418,17 @@ def test_of_a_frozen_layer_inside_a_wrapper_nothing_is_trained(library, wrap):
 
 
 @either_keras
+@pytest.mark.parametrize("wrapper", [WeightNorm, Masked])
+def test_of_a_wrapper_made_frozen_nothing_is_trained_either(library, wrapper):
+    wrapped = wrapper(library.layers.Dense(3), trainable=False)
+    model = library.Sequential([library.Input((5,)), wrapped, library.layers.Dense(1)])
+    assert shapes(model.trainable_weights) == [(3, 1), (1,)]
+    assert shapes(library.models.clone_model(model).trainable_weights) == [(3, 1), (1,)]
+    wrapped.trainable = True
+    assert len(model.trainable_weights) == len(model.weights) - (wrapper is Masked)
+
+
+@either_keras
 def test_of_a_layer_that_is_frozen_in_part_the_rest_is_trained(library):
     layers = library.layers
     parts = WeightNorm(layers.TimeDistributed(library.Sequential([layers.Dense(3, trainable=False), layers.Dense(2)])))

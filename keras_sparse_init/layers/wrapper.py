@@ -71,6 +71,8 @@ class KernelWrapper(LayerWrapper):
         names = names or positional_names(layer.__call__) or positional_names(layer.call)
         object.__setattr__(self, "_argument_names", names)
         super().__init__(layer, **kwargs)
+        if not self.trainable:
+            layer.trainable = False  # A model of Keras 3 asks the variables, not the layers around them.
         self.supports_masking = layer.supports_masking
         self.stateful = getattr(layer, "stateful", False)
         self.weight_names = None if weight_names is None else list(weight_names)

@@ -68,12 +68,19 @@ def check_new_dir(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileExistsError: When there is a file, or a directory that holds anything: results are never overwritten.
+        NotADirectoryError: When it would lie in a file.
+        PermissionError: When it may not be made or written to.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"The output directory {str(path)!r} is a file")
     if path.is_dir() and any(path.iterdir()):
         raise FileExistsError(f"The output directory {str(path)!r} is not empty; results are never overwritten")
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"The output directory {str(path)!r} would lie in the file {str(there)!r}")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"The output directory {str(path)!r} cannot be written: no permission for {str(there)!r}")
     return path
 
 
