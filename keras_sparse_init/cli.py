@@ -87,6 +87,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(command=_compare)
 
+    sweep = commands.add_parser(
+        "sweep",
+        help="train every combination of values and seeds",
+        description="Trains every combination of values and seeds, each in a process and a directory of its own. "
+        "Finished runs are left alone and stopped ones go on, so the same command completes a sweep.",
+        epilog='Example: keras-sparse-init sweep --gin_file mlp/scratch.gin --grid "SPARSITY=[0.9, 0.98]" --grid '
+        "\"INIT=['unit', 'dense']\" --seeds 0 1 2 --jobs 2 --output_dir runs/sweep",
+    )
+    sweep.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="NAME=[VALUE, ...]",
+        help="values for what a binding may name, as Python literals; may be repeated",
+    )
+    sweep.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="values of SEED")
+    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="how many run at a time (default: 1)")
+    sweep.add_argument(
+        "--print_commands",
+        action="store_true",
+        help="print a command for each run that is not finished, for a cluster's scheduler, and run nothing",
+    )
+    _add_config_arguments(
+        sweep,
+        _TRAIN_CONFIG,
+        names="as of the command train",
+        example="train.log_every=50",
+        directory="a new or empty directory, or that of this sweep; required",
+    )
+    sweep.set_defaults(command=_sweep)
+
     report = commands.add_parser(
         "report",
         help="compare finished runs",
@@ -221,6 +252,33 @@ def _compare(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         return _fail(error, code=2)
     print(f"\nresults in {directory}" if lacking is None else f"\nresults in {directory}, without plots: {lacking}")
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from keras_sparse_init.training.configs import find_config
+    from keras_sparse_init.training.sweep import Sweep
+
+    try:
+        if arguments.output_dir is None:
+            raise ValueError("`--output_dir` must be given, so that the sweep can go on there")
+        files = arguments.gin_file or [arguments.default_config]
+        for name in files:
+            find_config(name)
+        sweep = Sweep(
+            arguments.output_dir, arguments.grid, arguments.seeds, files, arguments.gin_bindings, arguments.imports
+        )
+        if arguments.print_commands:
+            print("\n".join(run.command for run in sweep.runs if not run.is_finished))
+            return 0
+        failed = sweep.run(arguments.jobs)
+    except (ValueError, OSError) as error:
+        return _fail(error, code=2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; to go on, give this command again", code=130)
+    if failed:
+        return _fail(f"{len(failed)} of {len(sweep.runs)} runs failed; their logs say why: {failed[0].log}", code=1)
+    print(f"\nresults in {sweep.output_dir}; compare them: keras-sparse-init report {sweep.output_dir}")
     return 0
 
 

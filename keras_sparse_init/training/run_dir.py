@@ -112,7 +112,7 @@ def claim(path: str | os.PathLike[str], job: dict[str, Any]) -> Path:
             )
         return path
     path.mkdir(parents=True, exist_ok=True)
-    _write(path / JOB, job)
+    write_json(path / JOB, job)
     return path
 
 
@@ -146,7 +146,7 @@ def default_output_dir(*parts: str) -> Path:
 
 def write_summary(directory: Path, summary: dict[str, Any]) -> None:
     """Writes a run's summary. It is written last and in one piece: a directory that has one is a finished run."""
-    _write(directory / SUMMARY, summary)
+    write_json(directory / SUMMARY, summary)
 
 
 def write_results(directory: Path, results: dict[str, Any]) -> None:
@@ -154,7 +154,7 @@ def write_results(directory: Path, results: dict[str, Any]) -> None:
 
     A report on runs passes over a directory that has one.
     """
-    _write(directory / RESULTS, results | {"versions": versions()})
+    write_json(directory / RESULTS, results | {"versions": versions()})
 
 
 def versions() -> dict[str, str]:
@@ -213,7 +213,8 @@ def read_masks(directory: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return masks
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file in one piece: it is there whole or not at all."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
