@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from keras_sparse_init._version import __version__
 
@@ -132,7 +133,85 @@ def _parser() -> argparse.ArgumentParser:
         "(default: nothing is written)",
     )
     report.set_defaults(command=_report)
+
+    hessian = commands.add_parser(
+        "hessian",
+        help="spectrum of the Hessian of a run's loss",
+        description="Finds the eigenvalues of the Hessian of the training loss at checkpoints of a finished run, over "
+        "the weights that are not masked; prints a table and writes CSV, JSON and a plot.",
+        epilog="Example: keras-sparse-init hessian runs/mine --checkpoints start end --output_dir runs/hessian",
+    )
+    hessian.add_argument("directory", metavar="RUN", help="the directory of a finished run")
+    hessian.add_argument(
+        "--checkpoints",
+        nargs="+",
+        type=_checkpoint,
+        default=["start", "end"],
+        metavar="CHECKPOINT",
+        help='"start", "end", or a step of which the run has a checkpoint (default: start end)',
+    )
+    hessian.add_argument(
+        "--method",
+        choices=("auto", "exact", "lanczos"),
+        default="auto",
+        help="all eigenvalues, or Lanczos's method; auto: exact for up to 3,000 weights",
+    )
+    hessian.add_argument("--images", type=int, default=512, help="training images of the loss (default: 512)")
+    hessian.add_argument("--probes", type=int, default=4, help="random vectors of lanczos (default: 4)")
+    hessian.add_argument("--iterations", type=int, default=90, help="products for each of them (default: 90)")
+    _add_analysis_arguments(hessian)
+    hessian.set_defaults(command=_hessian)
+
+    interpolate = commands.add_parser(
+        "interpolate",
+        help="loss and accuracy between the networks of two runs",
+        description="Evaluates the networks on the straight line between those of two finished runs, and on a "
+        "quadratic Bezier curve that is trained to have a small loss; prints a table and writes CSV, JSON and a plot.",
+        epilog="Example: keras-sparse-init interpolate runs/scratch runs/lottery --output_dir runs/between",
+    )
+    interpolate.add_argument("first", metavar="RUN", help="the directory of a finished run")
+    interpolate.add_argument("second", metavar="OTHER", help="that of another run of the same network, or the same")
+    interpolate.add_argument(
+        "--checkpoints",
+        nargs=2,
+        type=_checkpoint,
+        default=["end", "end"],
+        metavar="CHECKPOINT",
+        help='of the first and the second run: "start", "end", or a step (default: end end)',
+    )
+    interpolate.add_argument(
+        "--mask",
+        choices=("none", "first", "second"),
+        default="none",
+        help="whose mask all networks get (default: none: weights are 0 where both are)",
+    )
+    interpolate.add_argument("--points", type=int, default=29, help="networks on each path (default: 29)")
+    interpolate.add_argument("--lower", type=float, default=-0.2, help="where the line begins (default: -0.2)")
+    interpolate.add_argument("--upper", type=float, default=1.2, help="where the line ends (default: 1.2)")
+    interpolate.add_argument(
+        "--curve_steps", type=int, default=500, help="training steps of the curve; 0: no curve (default: 500)"
+    )
+    interpolate.add_argument("--learning_rate", type=float, default=0.01, help="of the curve (default: 0.01)")
+    _add_analysis_arguments(interpolate)
+    interpolate.set_defaults(command=_interpolate)
     return parser
+
+
+def _checkpoint(text: str) -> str | int:
+    if text not in ("start", "end") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'must be "start", "end" or a step, not {text!r}')
+    return int(text) if text.isdecimal() else text
+
+
+def _add_analysis_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what every command that looks at finished runs takes."""
+    parser.add_argument("--seed", type=int, default=0, help="determines what is drawn (default: 0)")
+    parser.add_argument("--data", help="the run's data, where they are not found by the name that the run knew")
+    parser.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help="where to write the results: a new or empty directory (default: a new directory under runs/)",
+    )
 
 
 def _add_config_arguments(
@@ -289,6 +368,44 @@ def _report(arguments: argparse.Namespace) -> int:
         print(report(arguments.directories, arguments.output_dir))
     except (ValueError, OSError, ImportError) as error:
         return _fail(error, code=2)
+    return 0
+
+
+def _hessian(arguments: argparse.Namespace) -> int:
+    def compute() -> Any:
+        from keras_sparse_init.training import hessian
+
+        names = ("checkpoints", "method", "images", "probes", "iterations", "seed", "data")
+        return hessian(arguments.directory, **{name: getattr(arguments, name) for name in names})
+
+    return _analyse(arguments, "hessian", compute)
+
+
+def _interpolate(arguments: argparse.Namespace) -> int:
+    def compute() -> Any:
+        from keras_sparse_init.training import interpolate
+
+        names = ("checkpoints", "mask", "points", "lower", "upper", "curve_steps", "learning_rate", "seed", "data")
+        return interpolate(arguments.first, arguments.second, **{name: getattr(arguments, name) for name in names})
+
+    return _analyse(arguments, "interpolate", compute)
+
+
+def _analyse(arguments: argparse.Namespace, command: str, compute: Callable[[], Any]) -> int:
+    """Computes something of finished runs, prints it and writes it."""
+    from keras_sparse_init.training import run_dir
+
+    try:
+        directory = run_dir.check_new_dir(arguments.output_dir or run_dir.default_output_dir(command))
+        _import_tensorflow_quietly()
+        result = compute()
+        print(result, flush=True)
+        lacking = result.write(directory)
+    except (ValueError, OSError) as error:
+        return _fail(error, code=2)
+    except FloatingPointError as error:
+        return _fail(error, code=1)
+    print(f"\nresults in {directory}" if lacking is None else f"\nresults in {directory}, without plots: {lacking}")
     return 0
 
 

@@ -50,7 +50,7 @@ def test_help_imports_neither_tensorflow_nor_gin_nor_numpy(tmp_path):
     script = """
 import sys
 from keras_sparse_init.cli import main
-commands = [[command, "--help"] for command in ("train", "signal", "compare", "sweep", "report")]
+commands = [[command, "--help"] for command in ("train", "signal", "compare", "sweep", "report", "hessian", "interpolate")]
 for arguments in (["--help"], *commands, ["--version"]):
     try:
         main(arguments)

@@ -16,6 +16,8 @@ _MODULE_OF = {
     "Prune": "experiments",
     "Scratch": "experiments",
     "SignalGrid": "signal_grid",
+    "interpolate": "interpolation",
+    "hessian": "hessian_spectrum",
     "Job": "job",
     "TrainResult": "job",
     "train": "job",

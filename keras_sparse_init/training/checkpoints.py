@@ -56,6 +56,21 @@ def first(directory: Path) -> Path:
     return path
 
 
+def of_step(directory: Path, step: int) -> Path:
+    """The checkpoint of a step of a run.
+
+    Raises:
+        FileNotFoundError: When there is none.
+    """
+    path = directory / _FOLDER / f"step-{step:09d}.npz"
+    if not path.is_file():
+        known = ", ".join(str(int(found.stem.removeprefix("step-"))) for found in _steps(directory)) or "none"
+        raise FileNotFoundError(
+            f"{str(directory)!r} has no checkpoint of step {step}. There are those of steps {known}"
+        )
+    return path
+
+
 def last(directory: Path) -> Path | None:
     """The newest checkpoint of a run, or None when there is none."""
     return max(_steps(directory), default=None)
@@ -133,6 +148,12 @@ def weights(path: Path, model: Any) -> list[np.ndarray]:
             f"The checkpoint {str(path)!r} is of another network: of {shapes}, where the model has {expected}"
         )
     return [found[name] for name in names]
+
+
+def names(model: Any) -> dict[int, str]:
+    """The names of the variables of a plain model, as checkpoints and masks.npz have them, by their ids."""
+    variables = plain_variables(model)
+    return dict(zip(map(id, variables), _names(model, variables), strict=True))
 
 
 def _names(model: Any, variables: list[Any]) -> list[str]:
