@@ -236,8 +236,24 @@ def test_layers_that_cannot_be_calibrated_are_named_with_why(library):
     assert set(report.skipped) == {"no_bias", "normed", "tanh", "before_norm", "einsum", "out"}
     assert report.skipped["no_bias"] == "Dense, no bias"
     assert "data_dependent_init" in report.skipped["normed"]
-    # Both calls together; the second then gets other inputs than those that counted.
-    assert report.layers[0].zeros == pytest.approx(0.25, abs=0.1)
+
+
+@BOTH
+def test_of_a_shared_layer_all_calls_count_on_the_inputs_that_they_had(library):
+    L = library.layers
+    inputs = library.Input((12,))
+    shared = L.Dense(12, "relu", name="shared")
+    model = _draw(library.Model(inputs, L.Dense(2)(shared(shared(inputs)))))
+    kernel, bias = (weight.astype(np.float64) for weight in _weights(model)[:2])
+    z = np.concatenate([_X @ kernel, np.maximum(_X @ kernel + bias, 0) @ kernel])
+    (row,) = calibrate_init(model, _X).layers
+    new_kernel, new_bias = _weights(model)[:2]
+    np.testing.assert_allclose(new_kernel, row.scale * kernel, rtol=1e-5)
+    np.testing.assert_array_equal((z + new_bias / row.scale > 0).sum(axis=0), 135)
+    # The second call has other inputs by now: what is reported is counted.
+    zeros = count_relu_zeros(model, _X)
+    assert (row.zeros, row.units) == (zeros.fraction_per_layer["shared"], 12)
+    assert zeros.outputs["shared"] == 180 * 12
 
 
 @BOTH

@@ -134,7 +134,13 @@ def test_tfmots_wrappers_are_read_too():
     dense = sequential(tf_keras, (4, 4, 1), layers.Conv2D(3, 2, activation="relu"), layers.Flatten(), layers.Dense(3))
     for model in (sparsify(dense, 0.5, seed=0), prune_low_magnitude(dense)):
         set_masks(model, lambda shape, seed: np.arange(np.prod(shape)).reshape(shape) % 2, seed=0)
-        assert_is_the_model(with_random_weights(model))
+        before = with_random_weights(model).get_weights()
+        found = output_range(model, -1, 1, "ibp")
+        for weight, value in zip(model.get_weights(), before, strict=True):
+            np.testing.assert_array_equal(weight, value)
+        y = outputs(model, np.random.default_rng(0).uniform(-1, 1, (50, 4, 4, 1)))  # Masks its kernels in place.
+        assert np.all(found.lower - 1e-5 <= y) and np.all(y <= found.upper + 1e-5)
+        assert_is_the_model(model)
 
 
 @LIBRARIES
