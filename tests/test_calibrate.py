@@ -320,6 +320,8 @@ def test_samples_may_be_a_dict_a_list_or_a_dataset(library):
         ({"calibrate_scale": "no"}, "`calibrate_scale` must be a bool. Received: calibrate_scale='no'"),
         ({"seed": -1}, "`seed` must be a non-negative int"),
         ({"x": _X[:1]}, "`x` must have at least 2 samples. Received: 1"),
+        ({"x": np.where(_X == _X[3, 4], np.nan, _X)}, "`x` must be finite. Received: nan"),
+        ({"x": np.where(_X == _X[3, 4], -np.inf, _X), "method": "lp"}, "`x` must be finite. Received: -inf"),
     ],
 )
 def test_what_is_not_allowed_is_refused_by_name(arguments, message):
@@ -328,6 +330,18 @@ def test_what_is_not_allowed_is_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         calibrate_init(model, **({"x": _X} | arguments))
     _assert_weights(model, before)
+
+
+def test_outputs_that_are_not_finite_are_refused_and_nothing_changes():
+    model = _mlp(keras)
+    model.layers[0].kernel.assign(np.full((12, 8), 3e38))
+    before = _weights(model)
+    for function in (calibrate_init, lambda *args: calibrate_init(*args, method="lp"), generalization_gap):
+        with pytest.raises(
+            ValueError, match="What the model 'sequential.*' puts out for `x` must be finite. Received:"
+        ):
+            function(model, _X)
+        _assert_weights(model, before)
 
 
 @BOTH

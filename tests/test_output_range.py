@@ -279,6 +279,9 @@ def test_wrong_arguments_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             output_range(model, *arguments)
+    model.layers[0].kernel.assign(np.full((3, 1), np.nan))
+    with pytest.raises(ValueError, match="The weights '.*kernel' must be finite. Received: nan"):
+        output_range(model, 0, 1)
     with pytest.raises(TypeError, match="Expected a layer or model"):
         output_range("model", 0, 1)
     with pytest.raises(TypeError, match="must be a Keras model"):
