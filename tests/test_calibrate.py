@@ -162,6 +162,17 @@ def test_the_trap_of_units_that_are_always_on_is_told(library):
 
 
 @BOTH
+def test_how_linear_a_classifier_is_is_measured_before_its_softmax(library):
+    model, logits = _mlp(library), _mlp(library)
+    logits.layers[-1].activation = library.activations.linear
+    # Large logits: their softmax is far from affine.
+    for each in (model, logits):
+        compat.assign(each.layers[-1].kernel, 30 * compat.to_numpy("kernel", each.layers[-1].kernel))
+    found, expected = calibrate_init(model, _X, "none"), calibrate_init(logits, _X, "none")
+    assert found.non_linearity == pytest.approx(expected.non_linearity, rel=1e-4)
+
+
+@BOTH
 def test_what_units_see_times_their_weights_is_what_convolutions_put_out(library):
     L = library.layers
     inputs = library.Input((7, 7, 4))
@@ -227,12 +238,12 @@ def test_layers_that_cannot_be_calibrated_are_named_with_why(library):
     value = shared(shared(inputs))
     value = L.Dense(8, "relu", use_bias=False, name="no_bias")(value)
     value = WeightNorm(L.Dense(8, "relu", name="normed"))(value)
-    value = L.Dense(8, "tanh", name="tanh")(value)
+    value = L.ReLU(name="after_tanh")(L.Dense(8, "tanh", name="tanh")(value))
     value = L.BatchNormalization()(L.Dense(8, name="before_norm")(value))
     value = L.EinsumDense("ab,bc->ac", output_shape=4, bias_axes="c", activation="relu", name="einsum")(value)
     model = library.Model(inputs, L.Dense(2, name="out")(value))
     report = calibrate_init(model, _X)
-    assert [row.calibrated for row in report.layers] == ["shared", None, None, None]
+    assert [row.calibrated for row in report.layers] == ["shared", None, None, None, None]
     assert set(report.skipped) == {"no_bias", "normed", "tanh", "before_norm", "einsum", "out"}
     assert report.skipped["no_bias"] == "Dense, no bias"
     assert "data_dependent_init" in report.skipped["normed"]
@@ -366,6 +377,8 @@ def test_the_mixed_difference_is_that_of_the_closed_form_and_the_model_is_left_a
     (masked,) = masked_kernels(model)
     mask = masked.mask_value()[:, 0]
     # Off the mask is what neither counts nor may be lost.
+    w = compat.to_numpy("kernel", masked.kernel)
+    compat.assign(masked.kernel, np.where(mask[:, None], w, 50.0))
     before = _weights(model)
     rms = np.sqrt(np.mean(compat.to_numpy("kernel", masked.kernel)[mask] ** 2))
     gap = generalization_gap(model, _X, relative_size=0.01, perturbations=60)

@@ -70,6 +70,14 @@ def test_the_network_computes_what_the_model_computes(library, number):
 
 
 @LIBRARIES
+def test_an_average_is_that_of_real_numbers_not_of_float32(library):
+    layers = library.layers
+    model = library.Sequential([layers.Input((3, 3, 1)), layers.AveragePooling2D(3), layers.Flatten()])
+    found = output_range(model, 1, 1)
+    np.testing.assert_allclose([found.lower[0], found.upper[0]], 1, rtol=1e-14)
+
+
+@LIBRARIES
 def test_channels_may_come_first(library):
     layers = library.layers
     first = {"data_format": "channels_first"}
