@@ -13,6 +13,7 @@ from keras_sparse_init.affine_layers import ACTIVATIONS, AFFINE, IDLE, MERGES, S
 from keras_sparse_init.folding import fold_weight_norm
 from keras_sparse_init.piecewise import Affine, chain, compact
 from keras_sparse_init.sparse_model import strip
+from keras_sparse_init.watching import left_as_it_is
 
 
 def affine_chain(model: Any) -> tuple[list[Affine], tuple[int, ...], tuple[int, ...]]:
@@ -56,11 +57,14 @@ def affine_chain(model: Any) -> tuple[list[Affine], tuple[int, ...], tuple[int, 
 def check_against(model: Any, network: list[Affine], x: np.ndarray) -> None:
     """Compares a network with what its model puts out, at inputs of shape (samples, *input shape).
 
+    The model is left as it is, bit for bit: tfmot's wrappers mask their kernels as they run.
+
     Raises:
         ValueError: When they differ by more than rounding: a layer does something else than its class says.
     """
     x = x.astype(np.float32)
-    outputs = compat.to_numpy("outputs", model(x, training=False)).astype(np.float64).reshape(len(x), -1)
+    with left_as_it_is(model):
+        outputs = compat.to_numpy("outputs", model(x, training=False)).astype(np.float64).reshape(len(x), -1)
     y, square = x.reshape(len(x), -1).astype(np.float64), 0.0
     for layer in network:
         # The squared size of what is added up, here and before: rounding grows like a random walk.

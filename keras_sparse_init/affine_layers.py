@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_sparse_init import compat
+from keras_sparse_init.arguments import check_all_finite
 
 SUPPORTED = (
     "Dense, convolutions, BatchNormalization, average pooling, padding, cropping and up-sampling, Flatten, Reshape and "
@@ -171,7 +172,9 @@ def _prelu_slope(layer: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _float64(variable: Any) -> np.ndarray:
-    return compat.to_numpy("weight", variable).astype(np.float64)
+    values = compat.to_numpy("weight", variable).astype(np.float64)
+    check_all_finite(f"The weights {getattr(variable, 'path', variable.name)!r}", values)
+    return values
 
 
 ACTIVATIONS: dict[str, Callable[[Any, tuple[int, ...]], Any]] = {

@@ -37,6 +37,13 @@ def check_positive(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_all_finite(what: str, values: np.ndarray) -> None:
+    """A ValueError that says what was not finite when an array of numbers has a NaN or an infinity."""
+    is_number = values.dtype.kind in "biuf" or values.dtype.name == "bfloat16"
+    if is_number and not np.isfinite(values).all():
+        raise ValueError(f"{what} must be finite. Received: {values[~np.isfinite(values)][0]}")
+
+
 def check_seed(seed: Any) -> int:
     """`seed` as an int when it is a non-negative integer; an error that names it when not."""
     if isinstance(seed, bool | np.bool_) or not isinstance(seed, int | np.integer):

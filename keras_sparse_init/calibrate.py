@@ -12,7 +12,14 @@ import numpy as np
 import tensorflow as tf
 
 from keras_sparse_init import compat, traversal
-from keras_sparse_init.arguments import check_choice, check_finite, check_positive, check_seed, is_integer
+from keras_sparse_init.arguments import (
+    check_all_finite,
+    check_choice,
+    check_finite,
+    check_positive,
+    check_seed,
+    is_integer,
+)
 from keras_sparse_init.batches import batches
 from keras_sparse_init.calibration_report import CalibrationReport, LayerCalibration, Zeros, non_linearity
 from keras_sparse_init.rectifiers import rectifiers
@@ -88,7 +95,8 @@ def calibrate_init(
     Raises:
         TypeError: When `model` is no Keras model or layer.
         ValueError: When an argument is not one of those allowed, the model is not built, has no ReLU that can be seen
-            or no layer to calibrate. Nothing has been changed then, as on any other error.
+            or no layer to calibrate, or a sample or an output is not finite. Nothing has been changed then, as on any
+            other error.
         ImportError: When SciPy is not installed, for "highs".
 
     Warns:
@@ -200,7 +208,9 @@ def _outputs(model: Any, inputs: Any) -> np.ndarray:
         outputs = model(inputs, training=False)
     last = [item for item in items if item.post is outputs and item.pre is not None and id(item.layer) not in relus]
     values = last[0].pre if last else outputs
-    return _flat(_mapped(lambda part: compat.to_numpy("outputs", part), values))
+    values = _flat(_mapped(lambda part: compat.to_numpy("outputs", part), values))
+    check_all_finite(f"What the model {model.name!r} puts out for `x`", values)
+    return values
 
 
 def _samples(x: Any, number: int, seed: int) -> tuple[Any, Any]:
@@ -213,6 +223,7 @@ def _samples(x: Any, number: int, seed: int) -> tuple[Any, Any]:
     rows = np.arange(total) if given_order else random.permutation(total)
     if total < 2:
         raise ValueError(f"`x` must have at least 2 samples. Received: {total}")
+    _mapped(lambda part: check_all_finite("`x`", part), x)
     inputs = _flat(_mapped(lambda part: part[:1], x)).shape[1]
     most = max(number, min(2 * (inputs + 1), _FIT))
     return tuple(_mapped(lambda part, end=end: part[np.sort(rows[:end])], x) for end in (number, most))

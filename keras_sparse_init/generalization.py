@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from keras_sparse_init import compat
-from keras_sparse_init.arguments import check_positive, check_seed, is_integer
+from keras_sparse_init.arguments import check_all_finite, check_positive, check_seed, is_integer
 from keras_sparse_init.batches import batches
 from keras_sparse_init.masked_kernel import masked_kernels
 from keras_sparse_init.sampling import derive_seed
@@ -39,7 +39,7 @@ def generalization_gap(model: Any, x: Any, relative_size: float = 0.01, perturba
     Raises:
         TypeError: When `model` is no Keras model or layer.
         ValueError: When an argument is not one of those allowed, the model is not built or has no trainable variable,
-            or there are fewer than 2 samples.
+            an output is not finite, or there are fewer than 2 samples.
 
     Example:
         >>> import keras, numpy as np
@@ -89,4 +89,5 @@ def _outputs(model: Any, x: Any) -> np.ndarray:
         parts = parts if isinstance(outputs, dict | list | tuple) else [outputs]
         arrays = [compat.to_numpy("outputs", part).astype(np.float64) for part in parts]
         found.append(np.concatenate([array.reshape(samples, -1) for array in arrays], axis=1))
+    check_all_finite(f"What the model {model.name!r} puts out for `x`", np.concatenate(found))
     return np.concatenate(found)

@@ -99,11 +99,12 @@ def output_range(
     real numbers, of the weights as they are; what a model computes in float32 differs from it by rounding.
 
     "ibp" (interval bounds) and "crown" (linear bounds, at least as tight) are sound to the last digit: their own
-    rounding is counted in. "exact" goes on with a mixed-integer program for each end of each output, with a binary for
-    each activation that is open over the box. Where HiGHS proves its optimum and this meets the attained value to 1e-5
-    of the output's size, the attained value is the end of the range; that tolerance covers the solver's, 1e-6, which is
-    relative to each unit's size here. Sparse networks have programs that are often solved in seconds, where those of
-    dense ones of the same size run to the end of any patience: give a time limit.
+    rounding is counted in. A bound that an attained value meets to 1e-12 of its size is set to this value. "exact" goes
+    on with a mixed-integer program for each end of each output, with a binary for each activation that is open over the
+    box. Where HiGHS proves its optimum and this meets the attained value to 1e-5 of the output's size, the attained
+    value is the end of the range; that tolerance covers the solver's, 1e-6, which is relative to each unit's size here.
+    Sparse networks have programs that are often solved in seconds, where those of dense ones of the same size run to
+    the end of any patience: give a time limit.
 
     Args:
         model: A built Sequential or functional model of either Keras with one input and one output. It is not changed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -216,7 +217,10 @@ def _rebuild(model: Any, replace: Replace, done: dict[int, Any]) -> Any:
     kept: list[tuple[Any, Any]] = []
 
     def copy(layer: Any) -> Any:
-        new = type(layer).from_config(layer.get_config())
+        # A wrapper's config names the classes of the layers inside it, which may be the user's own.
+        own = {type(part).__name__: type(part) for part in layer._flatten_layers()}
+        with library.utils.custom_object_scope(own):
+            new = type(layer).from_config(layer.get_config())
         # The config of a subclassed model has no name. A functional model must know it from the start.
         _rename(new, layer)
         copies.append((layer, new))
@@ -250,7 +254,8 @@ def _rebuild(model: Any, replace: Replace, done: dict[int, Any]) -> Any:
         kept.append((layer, new))
         return new
 
-    rebuilt = library.models.clone_model(model, clone_function=clone)
+    with _as_if_not_compiled(model):
+        rebuilt = library.models.clone_model(model, clone_function=clone)
     if type(rebuilt) is not type(model):
         warnings.warn(
             f"The new model is a {type(rebuilt).__name__}: what {type(model).__name__} defines itself, such as a "
@@ -267,6 +272,19 @@ def _rebuild(model: Any, replace: Replace, done: dict[int, Any]) -> Any:
         if not is_mask_wrapper(old):
             _replace_inside(old, new, replace, done)
     return rebuilt
+
+
+@contextlib.contextmanager
+def _as_if_not_compiled(model: Any) -> Iterator[None]:
+    """Keras 3 would compile the copy by a config, in which it does not find losses and metrics of the user's own."""
+    compiled = vars(model).get("compiled")
+    if compiled:
+        object.__setattr__(model, "compiled", False)
+    try:
+        yield
+    finally:
+        if compiled:
+            object.__setattr__(model, "compiled", compiled)
 
 
 def _is_graph_network(model: Any, library: Any) -> bool:

@@ -25,7 +25,9 @@ from keras_sparse_init import (
     SignalMonitor,
     SparseHeNormal,
     SparseScaledInit,
+    calibrate_init,
     count_relu_zeros,
+    generalization_gap,
     masks,
     measure_signal,
     output_range,
@@ -307,6 +309,21 @@ def check_the_range_of_outputs_is_that_of_the_model():
     y = keras.ops.convert_to_numpy(model(found.x_upper.astype("float32"), training=False))
     np.testing.assert_allclose(np.diag(y), found.attained_upper, rtol=1e-4)
     assert np.all(found.lower <= y.min(axis=0) + 1e-4) and np.all(y.max(axis=0) - 1e-4 <= found.upper)
+
+
+def check_a_calibrated_model_is_on_for_the_fraction_and_the_mixed_difference_leaves_it_as_it_is():
+    layers = keras.layers
+    images = np.random.default_rng(0).normal(0.3, 1.0, (40, 6, 6, 2)).astype("float32")
+    parts = [layers.Conv2D(3, 3, strides=2, padding="same", activation="relu", name="conv"), layers.Flatten()]
+    model = keras.Sequential([layers.Input((6, 6, 2)), *parts, Masked(layers.Dense(5), sparsity=0.5), layers.ReLU()])
+    report = calibrate_init(model, images, on_fraction=0.6)
+    assert [row.zeros for row in report.layers] == [0.4, 0.4]
+    report = calibrate_init(model, images, "lp", on_fraction=0.5)
+    assert all(abs(row.zeros - 0.5) < abs(row.zeros_before - 0.5) for row in report.layers)
+    before = model.get_weights()
+    assert generalization_gap(model, images) > 0
+    for weight, value in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, value)
 
 
 CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}

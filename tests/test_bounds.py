@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import optimize, sparse
 
-from keras_sparse_init.bounds import crown_bounds, interval_bounds
+from keras_sparse_init.bounds import _Step, crown_bounds, interval_bounds
 from keras_sparse_init.exact_range import solve
 from keras_sparse_init.extremes import attained
 from keras_sparse_init.piecewise import Affine, chain, forward
@@ -130,6 +130,16 @@ def test_rounding_is_on_the_safe_side(bounds):
             Fraction(below[0]) <= 0 if lowest <= 0 <= highest else Fraction(below[0]) <= min(abs(lowest), abs(highest))
         )
         assert max(abs(lowest), abs(highest)) <= Fraction(above[0])
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.3])
+def test_the_line_above_an_activation_is_above_it_in_real_numbers(slope):
+    random = np.random.default_rng(0)
+    low, high = -random.exponential(size=300), random.exponential(size=300) * 10.0 ** random.integers(-4, 5, 300)
+    step = _Step.of(Affine.of(np.eye(300), slope=slope), low, high, low, high)
+    for above, offset, *ends in zip(step.above, step.offset, low, high, strict=True):
+        for z in map(Fraction, ends):
+            assert Fraction(above) * z + Fraction(offset) >= max(z, Fraction(slope) * z)
 
 
 def test_large_layers_are_bounded_in_parts_and_a_deadline_leaves_intervals():

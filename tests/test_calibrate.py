@@ -162,6 +162,17 @@ def test_the_trap_of_units_that_are_always_on_is_told(library):
 
 
 @BOTH
+def test_how_linear_a_classifier_is_is_measured_before_its_softmax(library):
+    model, logits = _mlp(library), _mlp(library)
+    logits.layers[-1].activation = library.activations.linear
+    # Large logits: their softmax is far from affine.
+    for each in (model, logits):
+        compat.assign(each.layers[-1].kernel, 30 * compat.to_numpy("kernel", each.layers[-1].kernel))
+    found, expected = calibrate_init(model, _X, "none"), calibrate_init(logits, _X, "none")
+    assert found.non_linearity == pytest.approx(expected.non_linearity, rel=1e-4)
+
+
+@BOTH
 def test_what_units_see_times_their_weights_is_what_convolutions_put_out(library):
     L = library.layers
     inputs = library.Input((7, 7, 4))
@@ -227,17 +238,33 @@ def test_layers_that_cannot_be_calibrated_are_named_with_why(library):
     value = shared(shared(inputs))
     value = L.Dense(8, "relu", use_bias=False, name="no_bias")(value)
     value = WeightNorm(L.Dense(8, "relu", name="normed"))(value)
-    value = L.Dense(8, "tanh", name="tanh")(value)
+    value = L.ReLU(name="after_tanh")(L.Dense(8, "tanh", name="tanh")(value))
     value = L.BatchNormalization()(L.Dense(8, name="before_norm")(value))
     value = L.EinsumDense("ab,bc->ac", output_shape=4, bias_axes="c", activation="relu", name="einsum")(value)
     model = library.Model(inputs, L.Dense(2, name="out")(value))
     report = calibrate_init(model, _X)
-    assert [row.calibrated for row in report.layers] == ["shared", None, None, None]
+    assert [row.calibrated for row in report.layers] == ["shared", None, None, None, None]
     assert set(report.skipped) == {"no_bias", "normed", "tanh", "before_norm", "einsum", "out"}
     assert report.skipped["no_bias"] == "Dense, no bias"
     assert "data_dependent_init" in report.skipped["normed"]
-    # Both calls together; the second then gets other inputs than those that counted.
-    assert report.layers[0].zeros == pytest.approx(0.25, abs=0.1)
+
+
+@BOTH
+def test_of_a_shared_layer_all_calls_count_on_the_inputs_that_they_had(library):
+    L = library.layers
+    inputs = library.Input((12,))
+    shared = L.Dense(12, "relu", name="shared")
+    model = _draw(library.Model(inputs, L.Dense(2)(shared(shared(inputs)))))
+    kernel, bias = (weight.astype(np.float64) for weight in _weights(model)[:2])
+    z = np.concatenate([_X @ kernel, np.maximum(_X @ kernel + bias, 0) @ kernel])
+    (row,) = calibrate_init(model, _X).layers
+    new_kernel, new_bias = _weights(model)[:2]
+    np.testing.assert_allclose(new_kernel, row.scale * kernel, rtol=1e-5)
+    np.testing.assert_array_equal((z + new_bias / row.scale > 0).sum(axis=0), 135)
+    # The second call has other inputs by now: what is reported is counted.
+    zeros = count_relu_zeros(model, _X)
+    assert (row.zeros, row.units) == (zeros.fraction_per_layer["shared"], 12)
+    assert zeros.outputs["shared"] == 180 * 12
 
 
 @BOTH
@@ -304,6 +331,8 @@ def test_samples_may_be_a_dict_a_list_or_a_dataset(library):
         ({"calibrate_scale": "no"}, "`calibrate_scale` must be a bool. Received: calibrate_scale='no'"),
         ({"seed": -1}, "`seed` must be a non-negative int"),
         ({"x": _X[:1]}, "`x` must have at least 2 samples. Received: 1"),
+        ({"x": np.where(_X == _X[3, 4], np.nan, _X)}, "`x` must be finite. Received: nan"),
+        ({"x": np.where(_X == _X[3, 4], -np.inf, _X), "method": "lp"}, "`x` must be finite. Received: -inf"),
     ],
 )
 def test_what_is_not_allowed_is_refused_by_name(arguments, message):
@@ -312,6 +341,18 @@ def test_what_is_not_allowed_is_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         calibrate_init(model, **({"x": _X} | arguments))
     _assert_weights(model, before)
+
+
+def test_outputs_that_are_not_finite_are_refused_and_nothing_changes():
+    model = _mlp(keras)
+    model.layers[0].kernel.assign(np.full((12, 8), 3e38))
+    before = _weights(model)
+    for function in (calibrate_init, lambda *args: calibrate_init(*args, method="lp"), generalization_gap):
+        with pytest.raises(
+            ValueError, match="What the model 'sequential.*' puts out for `x` must be finite. Received:"
+        ):
+            function(model, _X)
+        _assert_weights(model, before)
 
 
 @BOTH
@@ -336,6 +377,8 @@ def test_the_mixed_difference_is_that_of_the_closed_form_and_the_model_is_left_a
     (masked,) = masked_kernels(model)
     mask = masked.mask_value()[:, 0]
     # Off the mask is what neither counts nor may be lost.
+    w = compat.to_numpy("kernel", masked.kernel)
+    compat.assign(masked.kernel, np.where(mask[:, None], w, 50.0))
     before = _weights(model)
     rms = np.sqrt(np.mean(compat.to_numpy("kernel", masked.kernel)[mask] ** 2))
     gap = generalization_gap(model, _X, relative_size=0.01, perturbations=60)

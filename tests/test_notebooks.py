@@ -16,6 +16,12 @@ PRINTED = {
     "kaiming_and_gain.ipynb": ("PyTorch's default", "std: theory", "mean: theory"),
     "relu_zeros.ipynb": ("dead units", "activation patterns"),
     "signal_propagation.ipynb": ("dead units", "std(output)"),
+    "calibration.ipynb": (
+        "Spearman correlation of zeros",
+        "is an affine function on the data",
+        "Spearman correlation of L_gen",
+    ),
+    "other_models.ipynb": ("off the mask, the largest: 0", "from 1.000000 to 1.000000", "inside the loop over time"),
     "output_range.ipynb": ("[-0.5, 1]", "width of the bounds", "by method exact"),
 }
 

@@ -70,6 +70,14 @@ def test_the_network_computes_what_the_model_computes(library, number):
 
 
 @LIBRARIES
+def test_an_average_is_that_of_real_numbers_not_of_float32(library):
+    layers = library.layers
+    model = library.Sequential([layers.Input((3, 3, 1)), layers.AveragePooling2D(3), layers.Flatten()])
+    found = output_range(model, 1, 1)
+    np.testing.assert_allclose([found.lower[0], found.upper[0]], 1, rtol=1e-14)
+
+
+@LIBRARIES
 def test_channels_may_come_first(library):
     layers = library.layers
     first = {"data_format": "channels_first"}
@@ -134,7 +142,13 @@ def test_tfmots_wrappers_are_read_too():
     dense = sequential(tf_keras, (4, 4, 1), layers.Conv2D(3, 2, activation="relu"), layers.Flatten(), layers.Dense(3))
     for model in (sparsify(dense, 0.5, seed=0), prune_low_magnitude(dense)):
         set_masks(model, lambda shape, seed: np.arange(np.prod(shape)).reshape(shape) % 2, seed=0)
-        assert_is_the_model(with_random_weights(model))
+        before = with_random_weights(model).get_weights()
+        found = output_range(model, -1, 1, "ibp")
+        for weight, value in zip(model.get_weights(), before, strict=True):
+            np.testing.assert_array_equal(weight, value)
+        y = outputs(model, np.random.default_rng(0).uniform(-1, 1, (50, 4, 4, 1)))  # Masks its kernels in place.
+        assert np.all(found.lower - 1e-5 <= y) and np.all(y <= found.upper + 1e-5)
+        assert_is_the_model(model)
 
 
 @LIBRARIES
@@ -273,6 +287,9 @@ def test_wrong_arguments_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             output_range(model, *arguments)
+    model.layers[0].kernel.assign(np.full((3, 1), np.nan))
+    with pytest.raises(ValueError, match="The weights '.*kernel' must be finite. Received: nan"):
+        output_range(model, 0, 1)
     with pytest.raises(TypeError, match="Expected a layer or model"):
         output_range("model", 0, 1)
     with pytest.raises(TypeError, match="must be a Keras model"):
