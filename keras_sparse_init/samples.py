@@ -42,6 +42,10 @@ class Samples:
             stop = min(start + self._batch_size, self.count)
             yield _part(self.x, start, stop), None if self.y is None else _part(self.y, start, stop), stop - start
 
+    def at(self, rows: np.ndarray) -> tuple[Any, Any]:
+        """(x, y) of the samples with these numbers; y is None without targets."""
+        return tuple(None if nest is None else _map(lambda array: array[rows], nest) for nest in (self.x, self.y))
+
 
 def _part(nest: Any, start: int, stop: int) -> Any:
     return _map(lambda array: array[start:stop], nest)
