@@ -226,6 +226,13 @@ def kept_value(variable: Any) -> Any:
     return value.clone() if hasattr(value, "clone") else value
 
 
+def kept_values(variable: Any) -> list[tuple[Any, Any]]:
+    """A variable with its `kept_value`; of one that replicas have copies of, each copy with its own."""
+    own = own_value(variable)
+    copies = getattr(own, "values", None) if isinstance(own, tf.Variable) else None
+    return [(part, kept_value(part)) for part in copies or (variable,)]
+
+
 def put_back(variable: Any, value: Any) -> None:
     """Gives a variable a value that `kept_value` returned."""
     _assign(variable, value)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import numpy as np
 
+from keras_sparse_init.blocks import map_blocks, row_blocks
 from keras_sparse_init.magnitude import magnitudes_of
 from keras_sparse_init.sampling import nonzeros
 
@@ -15,6 +17,8 @@ Growth = Literal["random", "largest", "smallest"]
 # From here on, most entries are ruled out by a threshold that a sample of them suggests.
 _LARGE = 2**14
 _SAMPLE = 2**12
+# What is computed of so many entries at a time stays in a cache.
+_IN_CACHE = 2**16
 # Random places are tried one after the other as long as at least this share of all is free.
 _FREE = 0.25
 
@@ -85,35 +89,66 @@ def drop_and_grow(
     if growth == "random":
         chosen = _random_free(new, count, rng)
     else:
-        chosen = _largest(_scores(gradient, active[kept], growth), count, rng)
+        chosen = _best_free(np.asarray(gradient).reshape(-1), new, count, growth, rng)
     new[chosen] = True
     assert np.count_nonzero(new) == active.size, "the number of connections must stay the same"
     dropped = active[drop]
     return Exchange(new.reshape(mask.shape), dropped[~new[dropped]], chosen[~old[chosen]])
 
 
-def _scores(gradient: Any, kept: np.ndarray, growth: Growth) -> np.ndarray:
-    """What is grown is where these are largest; never where a connection is kept."""
-    gradient = np.asarray(gradient).reshape(-1)
-    if gradient.dtype != np.float64:
-        gradient = gradient.astype(np.float32, copy=False)
-    scores = np.abs(gradient)
+def _best_free(
+    gradient: np.ndarray, taken: np.ndarray, count: int, growth: Growth, rng: np.random.Generator
+) -> np.ndarray:
+    """Positions of `count` entries that are not taken and whose |gradient| is the largest or the smallest."""
+    free = _beyond_a_threshold(gradient, taken, count, growth)
+    if free is None:
+        free = np.flatnonzero(~taken)
+    return free[_largest(_scores(gradient.take(free), growth), count, rng)]
+
+
+def _scores(gradient: np.ndarray, growth: Growth) -> np.ndarray:
+    """Where these are largest, connections are grown; where the gradient is NaN they are lowest."""
+    scores = np.abs(gradient if gradient.dtype == np.float64 else gradient.astype(np.float32, copy=False))
     if growth == "smallest":
         np.negative(scores, out=scores)
-    # Of what is not finite the sum is not; where only the sum is not, nothing changes.
-    if not np.isfinite(scores.sum()):
-        lowest = np.finfo(scores.dtype).min
-        np.maximum(scores, lowest, out=scores)
-        scores[np.isnan(scores)] = lowest
-    scores[kept] = -np.inf
+    scores[np.isnan(scores)] = -np.inf
     return scores
+
+
+def _beyond_a_threshold(gradient: np.ndarray, taken: np.ndarray, count: int, growth: Growth) -> np.ndarray | None:
+    """Free positions that hold the best scores and not many others; None when that would save nothing.
+
+    All free ones beyond some threshold, which a sample suggests: whatever it is, when there are enough of them they
+    are the best. The rest is never sorted, nor are its positions listed.
+    """
+    if gradient.size < _LARGE:
+        return None
+    step = gradient.size // _SAMPLE
+    sample = _scores(gradient[::step][~taken[::step]], growth)
+    # Five standard deviations more than needed.
+    wanted = count / step
+    rank = sample.size - 1 - int(wanted + 5 * math.sqrt(wanted) + 5)
+    if rank < sample.size // 2:
+        return None
+    threshold = abs(np.partition(sample, rank)[rank])
+    compare = np.greater if growth == "largest" else np.less
+
+    def beyond(part: slice) -> np.ndarray:
+        found = []
+        for start in range(part.start, part.stop, _IN_CACHE):
+            these = slice(start, min(start + _IN_CACHE, part.stop))
+            flags = compare(np.abs(gradient[these]), threshold)
+            # Of booleans: those that are true here and false there.
+            np.greater(flags, taken[these], out=flags)
+            found.append(nonzeros(flags) + start)
+        return np.concatenate(found)
+
+    found = np.concatenate(map_blocks(beyond, row_blocks(gradient.size, 1)))
+    return found if count <= found.size else None
 
 
 def _largest(scores: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Positions of the largest scores, of equal ones random ones. Scores are no NaN."""
-    candidates = _above_a_threshold(scores, count)
-    if candidates is not None:
-        return candidates[_largest(scores.take(candidates), count, rng)]
     smallest = scores.size - count
     threshold = np.partition(scores, smallest)[smallest]
     above = np.flatnonzero(scores > threshold)
@@ -122,24 +157,6 @@ def _largest(scores: np.ndarray, count: int, rng: np.random.Generator) -> np.nda
     if room < equal.size:
         equal = rng.permutation(equal)[:room]
     return np.concatenate([above, equal])
-
-
-def _above_a_threshold(scores: np.ndarray, count: int) -> np.ndarray | None:
-    """Positions that hold the largest scores and not many others; None when that would save nothing.
-
-    All scores above some threshold, which a sample suggests: whatever it is, when there are enough of them they are
-    the largest.
-    """
-    if scores.size < _LARGE or 4 * count > scores.size:
-        return None
-    sample = scores[:: scores.size // _SAMPLE]
-    # Five standard deviations more than needed.
-    wanted = sample.size * count / scores.size
-    rank = sample.size - 1 - int(wanted + 5 * np.sqrt(wanted) + 5)
-    if rank < 0:
-        return None
-    candidates = nonzeros(scores > np.partition(sample, rank)[rank])
-    return candidates if count <= candidates.size < scores.size // 2 else None
 
 
 def _random_free(taken: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -180,7 +180,7 @@ class SET(MaskUpdater):
     Example:
         >>> import keras
         >>> from keras_sparse_init import SET, Masked
-        >>> model = keras.Sequential([keras.layers.Input((20,)), Masked(keras.layers.Dense(10, name="d"), sparsity=0.8)])
+        >>> model = keras.Sequential([keras.layers.Input((20,)), Masked(keras.layers.Dense(9, name="d"), sparsity=0.8)])
         >>> SET(end_step=1000, drop_fraction=0.5, schedule="constant").update(model, step=100)["d/kernel"] > 0
         True
 

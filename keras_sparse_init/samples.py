@@ -29,9 +29,9 @@ class Samples:
             missing = "`y` without `loss`" if loss is None else "`loss` without `y`"
             raise ValueError(f"`y` and `loss` must be given together. Received: {missing}")
         floatx = compat.library_of(model).backend.floatx()
-        self.x = _arrays("x", x, floatx)
+        self.x = arrays("x", x, floatx)
         self.count = _count("x", self.x)
-        self.y = None if y is None else _arrays("y", y, floatx)
+        self.y = None if y is None else arrays("y", y, floatx)
         if self.y is not None and (count := _count("y", self.y)) != self.count:
             raise ValueError(f"`y` must have as many samples as `x`. Received: {count} and {self.count}")
         self._batch_size = batch_size
@@ -65,12 +65,12 @@ def _leaves(nest: Any) -> list[Any]:
     return found
 
 
-def _arrays(name: str, nest: Any, floatx: str) -> Any:
-    """The nest with NumPy arrays in it, of float64 ones those of Keras's float type, as `fit` does."""
+def arrays(name: str, nest: Any, floatx: str) -> Any:
+    """A nest of samples as NumPy arrays, those of float64 in Keras's float type, as `fit` does."""
     if isinstance(nest, dict):
-        return {key: _arrays(name, item, floatx) for key, item in nest.items()}
+        return {key: arrays(name, item, floatx) for key, item in nest.items()}
     if isinstance(nest, list | tuple) and nest and all(compat.has_shape(item) for item in nest):
-        return type(nest)([_arrays(name, item, floatx) for item in nest])
+        return type(nest)([arrays(name, item, floatx) for item in nest])
     array = compat.to_numpy(name, nest)
     if array.dtype == object:
         raise ValueError(f"`{name}` must be an array of numbers, or a nest of such. Received: {nest!r}")

@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_sparse_init import compat
 from keras_sparse_init.masked_kernel import trainable_kernels
+from keras_sparse_init.samples import arrays
 from keras_sparse_init.watching import unchanged, variables_of
 
 
@@ -81,7 +82,11 @@ class DenseGradients:
     def __call__(self, x: Any, y: Any = None, sample_weight: Any = None) -> list[np.ndarray]:
         """The gradients of a batch; they may share TensorFlow's memory and must not be written to."""
         model = self._model
-        batch = [None if part is None else compat.tensors_for(model, part) for part in (x, y, sample_weight)]
+        floatx = compat.library_of(model).backend.floatx()
+        batch = [
+            None if part is None else compat.tensors_for(model, arrays(name, part, floatx))
+            for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight))
+        ]
         # Half precision holds small gradients when they are scaled as in training.
         scale = compat.loss_scale(model)
         kernels = [kernel.kernel for kernel in self._kernels]
@@ -117,7 +122,16 @@ def _of_tensorflow(model: Any, kernels: list[Any], loss: Any) -> Any:
         found = tape.gradient(value, sources, unconnected_gradients="zero")
         return [tf.convert_to_tensor(gradient) for gradient in found]
 
-    return gradients
+    strategy = getattr(model, "distribute_strategy", None)
+    if strategy is None or strategy.num_replicas_in_sync == 1:
+        return gradients
+    # The loss of `compile` is divided by the number of replicas.
+    reduction = tf.distribute.ReduceOp.SUM if loss is None else tf.distribute.ReduceOp.MEAN
+
+    def reduced(*batch: Any) -> Any:
+        return [strategy.reduce(reduction, g, axis=None) for g in strategy.run(gradients, batch)]
+
+    return reduced
 
 
 def _of_jax(model: Any, kernels: list[Any], loss: Any) -> Any:

@@ -128,7 +128,7 @@ def variables_of(model: Any) -> list[Any]:
 @contextlib.contextmanager
 def unchanged(variables: Sequence[Any]) -> Iterator[None]:
     """Puts variables back at the end, bit for bit."""
-    before = [(variable, compat.kept_value(variable)) for variable in variables if compat.has_value(variable)]
+    before = [pair for variable in variables if compat.has_value(variable) for pair in compat.kept_values(variable)]
     try:
         yield
     finally:
