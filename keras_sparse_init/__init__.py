@@ -53,6 +53,7 @@ _HOME = {
     "masks": None,
     "measure_signal": "signal",
     "output_range": "ranges",
+    "prune_at_init": "one_shot",
     "reinitialize": "sparse_model",
     "set_masks": "sparse_model",
     "sparsify": "sparse_model",

@@ -81,7 +81,7 @@ def drop_and_grow(
     if count == 0 or active.size == old.size:
         return Exchange(mask, active[:0], active[:0])
     rng = np.random.Generator(np.random.SFC64(seed))
-    drop = _largest(-magnitudes_of(np.asarray(weights).reshape(-1).take(active)), count, rng)
+    drop = largest(-magnitudes_of(np.asarray(weights).reshape(-1).take(active)), count, rng)
     kept = np.ones(active.size, np.bool_)
     kept[drop] = False
     new = np.zeros(old.size, np.bool_)
@@ -103,7 +103,7 @@ def _best_free(
     free = _beyond_a_threshold(gradient, taken, count, growth)
     if free is None:
         free = np.flatnonzero(~taken)
-    return free[_largest(_scores(gradient.take(free), growth), count, rng)]
+    return free[largest(_scores(gradient.take(free), growth), count, rng)]
 
 
 def _scores(gradient: np.ndarray, growth: Growth) -> np.ndarray:
@@ -147,8 +147,15 @@ def _beyond_a_threshold(gradient: np.ndarray, taken: np.ndarray, count: int, gro
     return found if count <= found.size else None
 
 
-def _largest(scores: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Positions of the largest scores, of equal ones random ones. Scores are no NaN."""
+def largest(scores: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Positions of the `count` largest of a vector of scores, of equal ones random ones. Scores are no NaN.
+
+    Example:
+        >>> import numpy as np
+        >>> from keras_sparse_init.drop_grow import largest
+        >>> largest(np.array([3.0, 1.0, 4.0, 1.0]), 2, np.random.default_rng(0)).tolist()
+        [2, 0]
+    """
     smallest = scores.size - count
     threshold = np.partition(scores, smallest)[smallest]
     above = np.flatnonzero(scores > threshold)

@@ -59,7 +59,8 @@ def _map(function: Callable[[Any], Any], nest: Any) -> Any:
     return function(nest)
 
 
-def _leaves(nest: Any) -> list[Any]:
+def leaves(nest: Any) -> list[Any]:
+    """The arrays of a nest."""
     found: list[Any] = []
     _map(found.append, nest)
     return found
@@ -78,7 +79,7 @@ def arrays(name: str, nest: Any, floatx: str) -> Any:
 
 
 def _count(name: str, nest: Any) -> int:
-    shapes = [array.shape for array in _leaves(nest)]
+    shapes = [array.shape for array in leaves(nest)]
     if not shapes or not all(shape and shape[0] for shape in shapes):
         raise ValueError(f"`{name}` must have samples along its first axis. Received: arrays of shapes {shapes}")
     if len({shape[0] for shape in shapes}) > 1:

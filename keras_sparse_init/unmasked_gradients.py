@@ -81,11 +81,21 @@ class DenseGradients:
 
     def __call__(self, x: Any, y: Any = None, sample_weight: Any = None) -> list[np.ndarray]:
         """The gradients of a batch; they may share TensorFlow's memory and must not be written to."""
+        return self._of_batch(None, x, y, sample_weight)
+
+    def hessian_products(
+        self, vectors: list[np.ndarray], x: Any, y: Any = None, sample_weight: Any = None
+    ) -> list[np.ndarray]:
+        """The product of the loss's Hessian in the kernels with an array for each of them, as such arrays."""
+        own = [compat.own_tensor(k.kernel, v) for k, v in zip(self._kernels, vectors, strict=True)]
+        return self._of_batch(own, x, y, sample_weight)
+
+    def _of_batch(self, vectors: list[Any] | None, *batch: Any) -> list[np.ndarray]:
         model = self._model
         floatx = compat.library_of(model).backend.floatx()
         batch = [
             None if part is None else compat.tensors_for(model, arrays(name, part, floatx))
-            for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight))
+            for name, part in zip(("x", "y", "sample_weight"), batch, strict=True)
         ]
         # Half precision holds small gradients when they are scaled as in training.
         scale = compat.loss_scale(model)
@@ -97,8 +107,8 @@ class DenseGradients:
                 weights, mask = compat.kept_value(kernel.kernel), compat.kept_value(kernel.mask)
                 compat.put_back(kernel.kernel, weights * mask)
                 compat.put_back(kernel.mask, compat.ops_of(mask).ones_like(mask))
-            gradients = [compat.view(gradient) for gradient in self._run(*batch, np.float32(scale))]
-        return gradients if scale == 1 else [gradient / np.asarray(scale, gradient.dtype) for gradient in gradients]
+            found = [compat.view(array) for array in self._run(*batch, np.float32(scale), vectors)]
+        return found if scale == 1 else [array / np.asarray(scale, array.dtype) for array in found]
 
 
 def _loss_value(model: Any, loss: Callable[..., Any] | None, x: Any, y: Any, weight: Any) -> Any:
@@ -108,6 +118,9 @@ def _loss_value(model: Any, loss: Callable[..., Any] | None, x: Any, y: Any, wei
     return loss(y, outputs) if weight is None else loss(y, outputs, weight)
 
 
+# Each makes a function of (x, y, weight, scale, vectors), whose results are gradients, or products with `vectors`.
+
+
 def _of_tensorflow(model: Any, kernels: list[Any], loss: Any) -> Any:
     import tensorflow as tf
 
@@ -115,21 +128,27 @@ def _of_tensorflow(model: Any, kernels: list[Any], loss: Any) -> Any:
     sources = [kernel if isinstance(kernel, tf.Variable) else kernel.value for kernel in sources]
 
     @tf.function(reduce_retracing=True)
-    def gradients(x: Any, y: Any, weight: Any, scale: Any) -> Any:
-        with tf.GradientTape() as tape:
-            value = _loss_value(model, loss, x, y, weight)
-            value *= tf.cast(scale, value.dtype)
-        found = tape.gradient(value, sources, unconnected_gradients="zero")
+    def run(x: Any, y: Any, weight: Any, scale: Any, vectors: Any) -> Any:
+        with tf.GradientTape() as outer:
+            with tf.GradientTape() as tape:
+                value = _loss_value(model, loss, x, y, weight)
+                value *= tf.cast(scale, value.dtype)
+            found = tape.gradient(value, sources, unconnected_gradients="zero")
+            found = [tf.convert_to_tensor(gradient) for gradient in found]
+            if vectors is not None:
+                product = tf.add_n([tf.reduce_sum(g * v) for g, v in zip(found, vectors, strict=True)])
+        if vectors is not None:
+            found = outer.gradient(product, sources, unconnected_gradients="zero")
         return [tf.convert_to_tensor(gradient) for gradient in found]
 
     strategy = getattr(model, "distribute_strategy", None)
     if strategy is None or strategy.num_replicas_in_sync == 1:
-        return gradients
+        return run
     # The loss of `compile` is divided by the number of replicas.
     reduction = tf.distribute.ReduceOp.SUM if loss is None else tf.distribute.ReduceOp.MEAN
 
     def reduced(*batch: Any) -> Any:
-        return [strategy.reduce(reduction, g, axis=None) for g in strategy.run(gradients, batch)]
+        return [strategy.reduce(reduction, array, axis=None) for array in strategy.run(run, batch)]
 
     return reduced
 
@@ -150,27 +169,39 @@ def _of_jax(model: Any, kernels: list[Any], loss: Any) -> Any:
         with keras.StatelessScope(state_mapping=mapping, collect_losses=True):
             return _loss_value(model, loss, x, y, weight) * scale
 
-    gradient = jax.jit(jax.grad(value))
+    gradient = jax.grad(value)
 
-    def gradients(x: Any, y: Any, weight: Any, scale: Any) -> Any:
+    @jax.jit
+    def run(sources: Any, values: Any, x: Any, y: Any, weight: Any, scale: Any, vectors: Any) -> Any:
+        def at(sources: Any) -> Any:
+            return gradient(sources, values, x, y, weight, scale)
+
+        return at(sources) if vectors is None else jax.jvp(at, (sources,), (vectors,))[1]
+
+    def with_values(*batch: Any) -> Any:
         values = [variable.value for variable in variables]
-        return gradient([values[index] for index in wanted], values, x, y, weight, scale)
+        return run([values[index] for index in wanted], values, *batch)
 
-    return gradients
+    return with_values
 
 
 def _of_torch(model: Any, kernels: list[Any], loss: Any) -> Any:
     import torch
 
-    def gradients(x: Any, y: Any, weight: Any, scale: Any) -> Any:
-        value = _loss_value(model, loss, x, y, weight) * float(scale)
-        found = torch.autograd.grad(value, [kernel.value for kernel in kernels], allow_unused=True)
-        return [
-            torch.zeros_like(kernel.value) if gradient is None else gradient
-            for kernel, gradient in zip(kernels, found, strict=True)
-        ]
+    sources = [kernel.value for kernel in kernels]
 
-    return gradients
+    def differentiate(value: Any, again: bool) -> list[Any]:
+        found = torch.autograd.grad(value, sources, allow_unused=True, create_graph=again)
+        return [torch.zeros_like(s) if g is None else g for s, g in zip(sources, found, strict=True)]
+
+    def run(x: Any, y: Any, weight: Any, scale: Any, vectors: Any) -> Any:
+        value = _loss_value(model, loss, x, y, weight) * float(scale)
+        found = differentiate(value, vectors is not None)
+        if vectors is None:
+            return found
+        return differentiate(sum((g * v).sum() for g, v in zip(found, vectors, strict=True)), False)
+
+    return run
 
 
 _RUNS = {"tensorflow": _of_tensorflow, "jax": _of_jax, "torch": _of_torch}

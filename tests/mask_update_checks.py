@@ -13,6 +13,7 @@ from keras_sparse_init import SET, Masked, MaskUpdate, RigL, RigLInverted, dense
 from keras_sparse_init.compat import to_numpy
 from keras_sparse_init.masks import Random
 from keras_sparse_init.slots import slots_of
+from keras_sparse_init.unmasked_gradients import DenseGradients
 
 
 def sparse_network(library, optimizer="sgd", wrap=Masked, **compiled):
@@ -68,6 +69,20 @@ def check_gradients_are_those_of_all_weights(library):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
     assert_same([to_numpy("weight", weight) for weight in model.weights], before)
     assert all(np.count_nonzero(gradient[~mask]) for gradient, mask in zip(expected, mask_values(model), strict=True))
+
+
+def check_products_with_the_hessian_are_differences_of_gradients(library):
+    """Also off the masks."""
+    model = sparse_network(library)
+    weights, bias = [kernel.astype(float) for kernel in kernels(model)], biases(model)
+    vectors = [np.random.default_rng(i).normal(size=kernel.shape) for i, kernel in enumerate(weights)]
+    ahead, behind = (
+        gradients_by_hand([w + step * v for w, v in zip(weights, vectors, strict=True)], bias, X, Y)
+        for step in (1e-5, -1e-5)
+    )
+    found = DenseGradients(model).hessian_products([vector.astype("float32") for vector in vectors], X, Y)
+    for ours, plus, minus in zip(found, ahead, behind, strict=True):
+        np.testing.assert_allclose(ours, (plus - minus) / 2e-5, rtol=1e-3, atol=1e-4)
 
 
 def check_fit_updates_the_masks_at_the_steps_that_are_due(library, updater, wrap=Masked, **compiled):
@@ -152,7 +167,11 @@ def cases(library):
             f"check_survivors_stay_and_slots_are_reset-{name}",
             lambda make=make: check_survivors_stay_and_slots_of_new_connections_are_reset(library, make),
         )
-    for check in (check_gradients_are_those_of_all_weights, check_random_growth_follows_from_seed_name_and_step):
+    for check in (
+        check_gradients_are_those_of_all_weights,
+        check_products_with_the_hessian_are_differences_of_gradients,
+        check_random_growth_follows_from_seed_name_and_step,
+    ):
         yield check.__name__, lambda check=check: check(library)
 
 

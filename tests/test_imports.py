@@ -75,6 +75,7 @@ ORDER = (
     "unmasked_gradients",
     "mask_updaters",
     "mask_updates",
+    "one_shot",
     "objective",
     "jacobian",
     "signal",
