@@ -58,7 +58,9 @@ def prune_at_init(
             take a batch of training data, those of GraSP ten samples of each class.
         y: Their targets; not with a dataset.
         loss: A function of (y, outputs) that returns the mean over a batch, as Keras's losses do. None: the loss the
-            model is compiled with. The model runs as in training.
+            model is compiled with. The model runs as in training. For "grasp" divide the logits by a temperature, the
+            authors' program by 200: `lambda y, outputs: cross_entropy(y, outputs / 200)`. Without it
+            what is left may hardly train.
         scope: "global": all kernels together, by one threshold, as the authors do; "layer": every kernel has the
             sparsity. Both to the exact number.
         rounds: For "snip" and "grasp": in how many steps the weights are pruned, the density falling by the same factor
@@ -70,7 +72,7 @@ def prune_at_init(
 
     Raises:
         ValueError: When the model has no trainable masked kernel, an argument is not allowed or missing, or scores are
-            not finite. Nothing has been changed then.
+            not finite. Kernels and masks are as before then.
 
     Warns:
         UserWarning: When a kernel is left without connections.

@@ -155,14 +155,14 @@ OPTIMIZERS = {
 UPDATERS = [kind(end_step=30, frequency=3, drop_fraction=0.4) for kind in (SET, RigL, RigLInverted)]
 
 
-def cases(library):
-    """Every check as (name, function without arguments)."""
-    for updater in UPDATERS:
+def cases(library, few=False):
+    """Every check as (name, function without arguments), or a few of them, for processes that take long to begin."""
+    for updater in UPDATERS[1:2] if few else UPDATERS:
         yield (
             f"check_fit-{type(updater).__name__}",
             lambda u=updater: check_fit_updates_the_masks_at_the_steps_that_are_due(library, u),
         )
-    for name, make in OPTIMIZERS.items():
+    for name, make in list(OPTIMIZERS.items())[: 1 if few else None]:
         yield (
             f"check_survivors_stay_and_slots_are_reset-{name}",
             lambda make=make: check_survivors_stay_and_slots_of_new_connections_are_reset(library, make),
@@ -176,9 +176,9 @@ def cases(library):
 
 
 def main() -> None:
-    """Every check's traceback, or an empty string."""
+    """The traceback of each check, or an empty string."""
     result = {"backend": keras.backend.backend()}
-    for name, check in cases(keras):
+    for name, check in cases(keras, few=True):
         try:
             check()
             result[name] = ""

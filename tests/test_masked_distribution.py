@@ -107,8 +107,8 @@ def test_updates_of_masks_are_equal_on_all_replicas_and_those_on_one_device(stra
         )
         model.layers[1].layer.set_weights([data(16, 2), data(2)])
         model.compile(library.optimizers.SGD(0.1, momentum=0.9), "mse")
-        update = MaskUpdate(RigL(end_step=20, frequency=2, drop_fraction=0.5), X[:, 0], Y)
-        model.fit(X[:, 0], Y, batch_size=8, epochs=5, shuffle=False, verbose=0, callbacks=[update])
+        update = MaskUpdate(RigL(end_step=8, frequency=1, drop_fraction=0.5), X[:, 0], Y)
+        model.fit(X[:, 0], Y, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=[update])
         return model
 
     with strategy.scope():
