@@ -19,6 +19,8 @@ from keras.src.activations.activations import ReLU
 from keras.src.backend import AutocastScope
 from keras.src.ops.nn import Relu, Relu6
 
+from keras_sparse_init.sampling import aligned_zeros
+
 PACKAGE = "keras_sparse_init"
 
 # A tensor that shares the array's memory is worth the trouble from about here; below, a copy costs microseconds.
@@ -190,12 +192,30 @@ def assign(variable: Any, values: np.ndarray) -> None:
     _assign(variable, values.astype(numpy_dtype(true_dtype(variable))))
 
 
+def assign_at(variable: Any, positions: np.ndarray, values: Any) -> None:
+    """Changes entries of a variable of either Keras, given by their flat positions; all others stay bit for bit.
+
+    The array with the changes becomes the variable's memory where TensorFlow can share it. To scatter into a
+    variable of TensorFlow would take less time once, but would have every later read copy it.
+    """
+    for part in _copies(variable):
+        old = to_numpy("variable", part)
+        new = aligned_zeros(old.shape, old.dtype)
+        np.copyto(new, old)
+        new.reshape(-1)[positions] = values
+        part.assign(to_tensor(new, part.dtype))
+
+
 def _assign(variable: Any, value: Any) -> None:
-    variable = getattr(variable, "_variable", variable)
-    # Those of a mirrored variable one by one: a layer that is built by a replica reaches the copy of that one alone.
-    copies = getattr(variable, "values", None) if isinstance(variable, tf.Variable) else None
-    for part in copies or (variable,):
+    for part in _copies(variable):
         part.assign(value)
+
+
+def _copies(variable: Any) -> Any:
+    """A mirrored variable's copies, one by one: a layer that a replica builds reaches the copy of that one alone."""
+    variable = getattr(variable, "_variable", variable)
+    copies = getattr(variable, "values", None) if isinstance(variable, tf.Variable) else None
+    return copies or (variable,)
 
 
 def kept_value(variable: Any) -> Any:
@@ -204,6 +224,13 @@ def kept_value(variable: Any) -> Any:
     if isinstance(value, tf.Variable):
         return value.value()  # TensorFlow copies a value that is in use before it writes.
     return value.clone() if hasattr(value, "clone") else value
+
+
+def kept_values(variable: Any) -> list[tuple[Any, Any]]:
+    """A variable with its `kept_value`; of one that replicas have copies of, each copy with its own."""
+    own = own_value(variable)
+    copies = getattr(own, "values", None) if isinstance(own, tf.Variable) else None
+    return [(part, kept_value(part)) for part in copies or (variable,)]
 
 
 def put_back(variable: Any, value: Any) -> None:
@@ -421,6 +448,7 @@ def _own_dtype(variable: Any) -> Any:
 
 
 LAYERS = (keras.layers.Layer, tf_keras.layers.Layer)
+LEARNING_RATE_SCHEDULES = tuple(library.optimizers.schedules.LearningRateSchedule for library in (keras, tf_keras))
 # The layers of either Keras that put out an activation of their input.
 ACTIVATION_LAYERS = tuple(
     getattr(library.layers, name)
@@ -500,6 +528,36 @@ def iterations(model: Any) -> int:
     if optimizer is None:
         raise ValueError(f"`model` must be compiled. Received: the model {model.name!r} without an optimizer")
     return int(to_numpy("iterations", optimizer.iterations))
+
+
+def loss_scale(model: Any) -> float:
+    """By what a compiled model's optimizer multiplies the loss, so that half precision can hold its gradients."""
+    optimizer = getattr(model, "optimizer", None)
+    if hasattr(optimizer, "get_scaled_loss"):
+        return float(optimizer.get_scaled_loss(tf.ones(())))
+    if hasattr(optimizer, "scale_loss"):
+        return float(to_numpy("scale", optimizer.scale_loss(keras.ops.ones(()))))
+    return 1.0
+
+
+def metric_variables(model: Any) -> list[Any]:
+    """The variables of a model's metrics, which a loss may update."""
+    return [variable for metric in model.metrics for variable in metric.variables]
+
+
+def learning_rate(optimizer: Any, step: int | None) -> float | None:
+    """The learning rate of an optimizer of either Keras at a step; without one, the rate that it has now.
+
+    None where a step is given and the rate is a number that others set, which has no past.
+    """
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    rate = getattr(optimizer, "_learning_rate", None)
+    if rate is None:
+        rate = optimizer.learning_rate
+    if isinstance(rate, LEARNING_RATE_SCHEDULES):
+        at = int(to_numpy("iterations", optimizer.iterations)) if step is None else step
+        return float(to_numpy("learning rate", rate(at)))
+    return float(to_numpy("learning rate", rate)) if step is None else None
 
 
 def graph_of(model: Any) -> tuple[list[Any], list[Any], list[tuple[Any, list[Any], list[Any]]]] | None:

@@ -87,7 +87,7 @@ def magnitude_mask(weights: Any, sparsity: float, rule: Any = None, kernel_layou
     """
     sparsity = check_sparsity(sparsity)
     check_rule(rule)
-    magnitudes = _magnitudes(weights)
+    magnitudes = magnitudes_of(weights)
     shape = magnitudes.shape
     check_pattern(rule, shape, kernel_layout)
     if not magnitudes.size:
@@ -131,7 +131,7 @@ def global_magnitude_masks(weights: Sequence[Any], sparsity: float) -> list[np.n
         Blalock et al. 2020, What is the State of Neural Network Pruning?, arXiv:2003.03033 (global magnitude pruning).
     """
     sparsity = check_sparsity(sparsity)
-    magnitudes = [_magnitudes(array) for array in weights]
+    magnitudes = [magnitudes_of(array) for array in weights]
     filled = [array for array in magnitudes if array.size]
     if not filled:
         return [np.ones(array.shape, np.uint8) for array in magnitudes]
@@ -145,7 +145,8 @@ def global_magnitude_masks(weights: Sequence[Any], sparsity: float) -> list[np.n
     return [part.reshape(array.shape) for part, array in zip(parts, magnitudes, strict=True)]
 
 
-def _magnitudes(weights: Any) -> np.ndarray:
+def magnitudes_of(weights: Any) -> np.ndarray:
+    """|w| as a new array of float32 or float64; NaN counts as infinitely large."""
     weights = np.asarray(weights)
     if weights.dtype != np.float64:
         # Half types are exact in float32.

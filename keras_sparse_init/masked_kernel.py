@@ -101,3 +101,23 @@ def masked_kernels(model: Any) -> list[MaskedKernel]:
                 )
             )
     return found
+
+
+def trainable_kernels(model: Any, kernels: list[MaskedKernel] | None = None) -> list[MaskedKernel]:
+    """Those masked kernels of a model that are trained: the masks of frozen layers stay as they are with them.
+
+    Args:
+        model: A built model with masked kernels.
+        kernels: Its masked kernels, where they are known already.
+
+    Raises:
+        ValueError: When there are none.
+    """
+    trained = {id(variable) for variable in model.trainable_variables}
+    found = [kernel for kernel in kernels or masked_kernels(model) if id(kernel.kernel) in trained]
+    if not found:
+        raise ValueError(
+            f"`model` must have masked kernels that are trainable. Received: the model {model.name!r} without any; "
+            "wrap its layers in `Masked`, or see `sparsify`"
+        )
+    return found

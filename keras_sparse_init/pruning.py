@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from keras_sparse_init import compat, tfmot_wrapper, traversal
+from keras_sparse_init import compat
 from keras_sparse_init.magnitude import check_pattern, check_rule, global_magnitude_masks, magnitude_mask
-from keras_sparse_init.masked_kernel import MaskedKernel, masked_kernels
+from keras_sparse_init.mask_callback import MaskCallback, require_masked
+from keras_sparse_init.masked_kernel import MaskedKernel
 from keras_sparse_init.schedules import ConstantSparsity, PolynomialDecay, PruningSchedule
 from keras_sparse_init.slots import slots_of
 from keras_sparse_init.variance import check_choice
@@ -47,7 +48,7 @@ def magnitude_prune(model: Any, sparsity: float, scope: Scope = "layer", rule: A
         10
     """
     _check_arguments(scope, rule)
-    kernels = _kernels(model)
+    kernels = require_masked(model)
     weights = [compat.to_numpy("kernel", kernel.kernel) for kernel in kernels]
     if scope == "global":
         new = global_magnitude_masks(weights, sparsity)
@@ -65,7 +66,7 @@ def magnitude_prune(model: Any, sparsity: float, scope: Scope = "layer", rule: A
             compat.assign(slot, _where(mask, compat.to_numpy("slot", slot), initial))
 
 
-class MagnitudePruning(compat.Callback):
+class MagnitudePruning(MaskCallback):
     """Callback that prunes the smallest weights during `fit`, in both Kerases and on every backend of Keras 3.
 
     It updates the masks of all masked kernels of the model (`Masked` layers, and the static tfmot wrappers that
@@ -128,91 +129,20 @@ class MagnitudePruning(compat.Callback):
         self.schedule = schedule
         self.scope = scope
         self.rule = rule
-        self._start()
 
-    def _start(self) -> None:
-        self._read_at: int | None = None  # The optimizer's iterations when they were last read, which takes time.
-        self._batches = 0  # Batches since then.
-        self._rate: int | None = None  # The most updates that a batch can have made; a `train_step` may make several.
-        self._begun = 0  # Index of the first batch of the execution.
-        self._seen = 0  # The last step that the schedule was asked about.
-        self._due: list[tuple[int, float]] = []  # Its updates yet to come, as steps and sparsities.
-        self._pruned = self._moved = False
+    def check(self) -> None:
+        """Checks that every kernel can have the pattern."""
+        for kernel in require_masked(self.model):
+            _named(kernel, check_pattern, self.rule, kernel.shape, kernel.layout)
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Checks that the model can be pruned as asked for."""
-        self._start()
-        compat.iterations(self.model)
-        if self._is_built():
-            for kernel in _kernels(self.model):
-                _named(kernel, check_pattern, self.rule, kernel.shape, kernel.layout)
+    def due(self, step: int) -> float | None:
+        """The sparsity of a step at which masks are updated."""
+        due, sparsity = self.schedule(step)
+        return float(sparsity) if due else None
 
-    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Updates the masks if the step to come is due."""
-        self._begun = batch
-        if self._read_at is None:
-            # What was due before belongs to earlier fits.
-            self._seen = self._read()
-        self._update(1)
-
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Updates the masks if a step inside the execution was due."""
-        self._batches += max(batch - self._begun, 0) + 1
-        if self._pruned or self._moved:
-            self._pruned = False
-            self._set_to_zero()
-        self._update(0)
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Puts the sparsity into `logs`."""
-        sparsity = self._set_to_zero()
-        if logs is not None:
-            logs["sparsity"] = sparsity
-
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Sets weights to 0 that the end of training has moved."""
-        self._set_to_zero()
-
-    def _update(self, ahead: int) -> None:
-        """Prunes if a step up to the current one is due, to the sparsity of the latest of them."""
-        bound = self._read_at + (self._rate or 1) * self._batches + ahead
-        for step in range(self._seen + 1, bound + 1):
-            due, sparsity = self.schedule(step)
-            if due:
-                self._due.append((step, float(sparsity)))
-        self._seen = max(self._seen, bound)
-        if self._rate is not None and not (self._due and self._due[0][0] <= bound):
-            return
-        step = self._read() + ahead
-        ready = [sparsity for due, sparsity in self._due if due <= step]
-        # tf_keras may build the layers in the first batch only; its step then follows it.
-        if ready and self._is_built():
-            del self._due[: len(ready)]
-            magnitude_prune(self.model, ready[-1], self.scope, self.rule)
-            self._pruned = True
-
-    def _read(self) -> int:
-        now = compat.iterations(self.model)
-        if self._batches:
-            self._rate = max(self._rate or 1, -(-(now - self._read_at) // self._batches))
-        self._read_at, self._batches = now, 0
-        return now
-
-    def _set_to_zero(self) -> float:
-        """Sets weights off the masks to 0, should something have moved them, and returns the masks' sparsity."""
-        ones = size = 0
-        for kernel in _kernels(self.model):
-            mask = kernel.mask_value()
-            weights = compat.to_numpy("kernel", kernel.kernel)
-            if np.any(weights[~mask]):
-                compat.assign(kernel.kernel, _where(mask, weights, 0))
-                self._moved = True
-            ones, size = ones + int(np.count_nonzero(mask)), size + mask.size
-        return (size - ones) / size
-
-    def _is_built(self) -> bool:
-        model = self.model
-        return model.built and all(w.built for _, _, w in traversal.walk(model) if traversal.is_mask_wrapper(w))
+    def change_masks(self, step: int, due: float) -> None:
+        """Prunes to a sparsity."""
+        magnitude_prune(self.model, due, self.scope, self.rule)
 
 
 def _check_arguments(scope: Any, rule: Any) -> None:
@@ -220,22 +150,6 @@ def _check_arguments(scope: Any, rule: Any) -> None:
     check_rule(rule)
     if scope == "global" and rule is not None:
         raise ValueError(f"`rule` needs `scope='layer'`: a pattern is one of each kernel. Received: rule={rule}")
-
-
-def _kernels(model: Any) -> list[MaskedKernel]:
-    kernels = masked_kernels(model)
-    if not kernels:
-        raise ValueError(
-            f"`model` must have masked kernels. Received: the model {model.name!r} without any; wrap its layers in "
-            "`Masked`, or see `sparsify`"
-        )
-    for _, _, layer in traversal.walk(model):
-        if tfmot_wrapper.is_wrapper(layer) and not tfmot_wrapper.is_static(layer):
-            raise ValueError(
-                f"The layer {layer.name!r} is pruned by tfmot with a schedule of its own. Use tfmot's callback or "
-                "`tfmot.UpdatePruningStep`, or wrap the layer in `Masked`"
-            )
-    return kernels
 
 
 def _named(kernel: MaskedKernel, function: Callable[..., Any], *args: Any) -> Any:

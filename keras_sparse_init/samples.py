@@ -29,9 +29,9 @@ class Samples:
             missing = "`y` without `loss`" if loss is None else "`loss` without `y`"
             raise ValueError(f"`y` and `loss` must be given together. Received: {missing}")
         floatx = compat.library_of(model).backend.floatx()
-        self.x = _arrays("x", x, floatx)
+        self.x = arrays("x", x, floatx)
         self.count = _count("x", self.x)
-        self.y = None if y is None else _arrays("y", y, floatx)
+        self.y = None if y is None else arrays("y", y, floatx)
         if self.y is not None and (count := _count("y", self.y)) != self.count:
             raise ValueError(f"`y` must have as many samples as `x`. Received: {count} and {self.count}")
         self._batch_size = batch_size
@@ -41,6 +41,10 @@ class Samples:
         for start in range(0, self.count, self._batch_size):
             stop = min(start + self._batch_size, self.count)
             yield _part(self.x, start, stop), None if self.y is None else _part(self.y, start, stop), stop - start
+
+    def at(self, rows: np.ndarray) -> tuple[Any, Any]:
+        """(x, y) of the samples with these numbers; y is None without targets."""
+        return tuple(None if nest is None else _map(lambda array: array[rows], nest) for nest in (self.x, self.y))
 
 
 def _part(nest: Any, start: int, stop: int) -> Any:
@@ -55,18 +59,19 @@ def _map(function: Callable[[Any], Any], nest: Any) -> Any:
     return function(nest)
 
 
-def _leaves(nest: Any) -> list[Any]:
+def leaves(nest: Any) -> list[Any]:
+    """The arrays of a nest."""
     found: list[Any] = []
     _map(found.append, nest)
     return found
 
 
-def _arrays(name: str, nest: Any, floatx: str) -> Any:
-    """The nest with NumPy arrays in it, of float64 ones those of Keras's float type, as `fit` does."""
+def arrays(name: str, nest: Any, floatx: str) -> Any:
+    """A nest of samples as NumPy arrays, those of float64 in Keras's float type, as `fit` does."""
     if isinstance(nest, dict):
-        return {key: _arrays(name, item, floatx) for key, item in nest.items()}
+        return {key: arrays(name, item, floatx) for key, item in nest.items()}
     if isinstance(nest, list | tuple) and nest and all(compat.has_shape(item) for item in nest):
-        return type(nest)([_arrays(name, item, floatx) for item in nest])
+        return type(nest)([arrays(name, item, floatx) for item in nest])
     array = compat.to_numpy(name, nest)
     if array.dtype == object:
         raise ValueError(f"`{name}` must be an array of numbers, or a nest of such. Received: {nest!r}")
@@ -74,7 +79,7 @@ def _arrays(name: str, nest: Any, floatx: str) -> Any:
 
 
 def _count(name: str, nest: Any) -> int:
-    shapes = [array.shape for array in _leaves(nest)]
+    shapes = [array.shape for array in leaves(nest)]
     if not shapes or not all(shape and shape[0] for shape in shapes):
         raise ValueError(f"`{name}` must have samples along its first axis. Received: arrays of shapes {shapes}")
     if len({shape[0] for shape in shapes}) > 1:

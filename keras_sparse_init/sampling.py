@@ -75,7 +75,7 @@ def sample(
     dtype = np.dtype(dtype)
     drawn_as = dtype if dtype in (np.float32, np.float64) else np.dtype(np.float32)
     width = shape[-1] if shape else 1
-    out = _aligned_zeros(shape, dtype)
+    out = aligned_zeros(shape, dtype)
     out_rows = out.reshape(-1, width)
     std_rows = _by_rows(np.asarray(std, drawn_as), shape, width)
     mask_rows = None if mask is None else mask.reshape(-1, width)
@@ -87,7 +87,7 @@ def sample(
         rng = np.random.Generator(np.random.SFC64(child))
         block = out_rows[rows]
         factor = std_rows if same_rows else std_rows[rows]
-        active = None if mask_rows is None else _positions(mask_rows[rows].reshape(-1))
+        active = None if mask_rows is None else nonzeros(mask_rows[rows].reshape(-1))
         if active is None or active.size > _DENSE_FROM * block.size:
             values = block if dtype == drawn_as else np.empty(block.shape, drawn_as)
             _draw(rng, values.reshape(-1), distribution)
@@ -127,7 +127,7 @@ def derive_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest[:4], "little") >> 1
 
 
-def _positions(mask: np.ndarray) -> np.ndarray:
+def nonzeros(mask: np.ndarray) -> np.ndarray:
     """`np.flatnonzero` of a boolean vector, twice as fast where most groups of eight entries have no nonzero."""
     if mask.size % 8 or not mask.flags.c_contiguous:
         return np.flatnonzero(mask)
@@ -219,7 +219,8 @@ def _smallest_normal(dtype: np.dtype) -> np.ndarray:
     return ml_dtypes.finfo(dtype).smallest_normal
 
 
-def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros whose memory TensorFlow can share."""
     size = math.prod(shape) * dtype.itemsize
     if size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         # A page fault every 4 kB costs as much as all the rest of drawing a sparse kernel.

@@ -114,10 +114,21 @@ def left_as_it_is(model: Any) -> Iterator[None]:
 
     A forward pass alone changes some: tfmot's wrappers mask their kernels in place, stateful layers go on.
     """
+    with unchanged(variables_of(model)):
+        yield
+
+
+def variables_of(model: Any) -> list[Any]:
+    """Every variable of a model, once, with what its layers hold besides their weights."""
     # The state of a stateful recurrent layer is none of its weights.
     held = [variable for layer in model._flatten_layers() for variable in _variables_in(list(vars(layer).values()))]
-    variables = {id(variable): variable for variable in [*traversal.variables(model), *held]}
-    before = [(variable, compat.kept_value(variable)) for variable in variables.values() if compat.has_value(variable)]
+    return list({id(variable): variable for variable in [*traversal.variables(model), *held]}.values())
+
+
+@contextlib.contextmanager
+def unchanged(variables: Sequence[Any]) -> Iterator[None]:
+    """Puts variables back at the end, bit for bit."""
+    before = [pair for variable in variables if compat.has_value(variable) for pair in compat.kept_values(variable)]
     try:
         yield
     finally:

@@ -8,7 +8,8 @@ import pytest
 import tf_keras
 from masked_layers import data, subclassed, weights_and_masks
 
-from keras_sparse_init import Masked, masked_kernels, masks, set_masks
+from keras_sparse_init import Masked, MaskUpdate, RigL, masked_kernels, masks, set_masks
+from keras_sparse_init.slots import slots_of
 
 either_keras = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
 X, Y = data(16, 6, 4), data(16, 2, seed=1)
@@ -93,3 +94,32 @@ def test_a_model_that_is_built_by_fit_is_equal_on_all_replicas(strategy, library
         model.compile(library.optimizers.Adam(0.01), "mse")
     model.fit(data(8, 5), data(8, 2), batch_size=4, verbose=0)
     assert_replicas_are_equal_and_sparse(model)
+
+
+@either_keras
+def test_updates_of_masks_are_equal_on_all_replicas_and_those_on_one_device(strategy, library):
+    """With momentum, whose slots are reset; weights that are not zero would show one that was not."""
+
+    def train():
+        layers = library.layers
+        model = library.Sequential(
+            [library.Input((4,)), Masked(layers.Dense(16, "tanh"), sparsity=0.75, seed=1), Masked(layers.Dense(2))]
+        )
+        model.layers[1].layer.set_weights([data(16, 2), data(2)])
+        model.compile(library.optimizers.SGD(0.1, momentum=0.9), "mse")
+        update = MaskUpdate(RigL(end_step=8, frequency=1, drop_fraction=0.5), X[:, 0], Y)
+        model.fit(X[:, 0], Y, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=[update])
+        return model
+
+    with strategy.scope():
+        model = train()
+    first, *_ = masked_kernels(model)
+    for variable in first.kernel, first.mask, *(slot for slot, _ in slots_of(model.optimizer, first.kernel)):
+        np.testing.assert_array_equal(*replicas(variable))
+    plain = train()
+    start = Masked(library.layers.Dense(16), sparsity=0.75, seed=1)
+    start.build((None, 4))
+    assert (start.kernels_and_masks()[0][1] != masked_kernels(plain)[0].mask).numpy().any()
+    np.testing.assert_array_equal(first.mask_value(), masked_kernels(plain)[0].mask_value())
+    for weight, expected in zip(model.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_allclose(weight, expected, rtol=1e-4, atol=1e-5)

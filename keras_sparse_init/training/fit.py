@@ -14,7 +14,7 @@ import numpy as np
 from keras_sparse_init import compat
 from keras_sparse_init.event_log import EventLog
 from keras_sparse_init.gradients import gradient_function, gradient_norm
-from keras_sparse_init.pruning import MagnitudePruning
+from keras_sparse_init.mask_callback import MaskCallback
 from keras_sparse_init.training import checkpoints
 from keras_sparse_init.training.data import Data
 from keras_sparse_init.training.optimizers import make_optimizer
@@ -41,8 +41,8 @@ class Fit:
         library = compat.library_of(model)
         names = ("learning_rate", "steps", "momentum", "weight_decay", "clip_norm")
         self._loss = library.losses.SparseCategoricalCrossentropy(from_logits=True)
-        # Between executions only can that callback prune, and it is to do so at the steps of its schedule.
-        exact = any(isinstance(callback, MagnitudePruning) for callback in callbacks)
+        # Between executions only can such a callback change masks, and it is to do so at the steps of its schedule.
+        exact = any(isinstance(callback, MaskCallback) for callback in callbacks)
         self._per_execution = 1 if exact else min(_STEPS_PER_EXECUTION, settings["log_every"])
         model.compile(
             optimizer=make_optimizer(
