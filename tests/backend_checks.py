@@ -273,8 +273,8 @@ def check_a_job_prunes_and_a_stopped_one_goes_on_to_the_same_weights():
                 raise KeyboardInterrupt
 
     class Stopped(Prune):
-        def callbacks(self, model, steps):
-            return [*super().callbacks(model, steps), Stop()]
+        def callbacks(self, model, **asked):
+            return [*super().callbacks(model, **asked), Stop()]
 
     with tempfile.TemporaryDirectory() as directory:
         settings = small_settings(steps=40, log_every=10, checkpoint_every=10)

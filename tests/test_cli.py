@@ -50,7 +50,8 @@ def test_help_imports_neither_tensorflow_nor_gin_nor_numpy(tmp_path):
     script = """
 import sys
 from keras_sparse_init.cli import main
-commands = [[command, "--help"] for command in ("train", "signal", "compare", "sweep", "report", "hessian", "interpolate")]
+names = ("train", "signal", "compare", "sweep", "report", "hessian", "interpolate")
+commands = [[name, "--help"] for name in names]
 for arguments in (["--help"], *commands, ["--version"]):
     try:
         main(arguments)

@@ -107,12 +107,12 @@ class _Watched(Prune):
 
     found: ClassVar[list[float]] = []
 
-    def callbacks(self, model, steps):
+    def callbacks(self, model, **asked):
         class Watch(compat.Callback):
             def on_train_batch_end(watch, batch, logs=None):
                 self.found.append(sparsity_table(watch.model).total.sparsity)
 
-        return [*super().callbacks(model, steps), Watch()]
+        return [*super().callbacks(model, **asked), Watch()]
 
 
 @pytest.mark.parametrize("keras", ["tf_keras", "keras"])

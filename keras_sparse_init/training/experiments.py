@@ -2,8 +2,8 @@
 
 A job takes any object with these methods:
 
-- `prepare(model, seed, steps)` returns the model to train, made of a built one of either Keras;
-- `callbacks(model, steps)` returns the Keras callbacks that training it takes;
+- `prepare(model, *, seed, steps, data)` returns the model to train, made of a built one of either Keras;
+- `callbacks(model, *, seed, steps, data, learning_rate)` returns the Keras callbacks that training it takes;
 - `describe()` returns what the summary says: at least its name ("experiment"), how zeros are spread ("method"), and
   what the kernels start as ("init").
 """
@@ -37,11 +37,11 @@ class Dense:
 
     name: str = "dense"
 
-    def prepare(self, model: Any, seed: int, steps: int) -> Any:
+    def prepare(self, model: Any, *, seed: int, steps: int, data: Any) -> Any:
         """The model itself; its kernels are what the network's own initializers drew."""
         return model
 
-    def callbacks(self, model: Any, steps: int) -> list[Any]:
+    def callbacks(self, model: Any, *, seed: int, steps: int, data: Any, learning_rate: float) -> list[Any]:
         """None."""
         return []
 
@@ -91,13 +91,14 @@ class Scratch:
         if not isinstance(self.shuffled, bool) or (self.shuffled and self.masks_from is None):
             raise ValueError(f"`shuffled` must be a bool, True only with `masks_from`. Received: {self.shuffled!r}")
 
-    def prepare(self, model: Any, seed: int, steps: int) -> Any:
+    def prepare(self, model: Any, *, seed: int, steps: int, data: Any) -> Any:
         """Masks the kernels of a model and draws them anew.
 
         Args:
             model: A built model of either Keras.
             seed: The seed that those of the masks and kernels are derived from. Masks do not depend on the initializer.
             steps: The number of training steps, on which nothing depends here.
+            data: The `Data`, on which nothing does either.
 
         Returns:
             A model with static masks: in tfmot's wrappers for tf_keras, in `Masked` for Keras 3.
@@ -122,7 +123,7 @@ class Scratch:
         reinitialize(sparse, self._initializer(), seed=seed)
         return sparse
 
-    def callbacks(self, model: Any, steps: int) -> list[Any]:
+    def callbacks(self, model: Any, *, seed: int, steps: int, data: Any, learning_rate: float) -> list[Any]:
         """None: the masks are static."""
         return []
 
@@ -216,7 +217,7 @@ class Prune:
             )
         return PolynomialDecay(0.0, self.sparsity, begin, end, self.power, frequency)
 
-    def prepare(self, model: Any, seed: int, steps: int) -> Any:
+    def prepare(self, model: Any, *, seed: int, steps: int, data: Any) -> Any:
         """A model with masks of ones, its weights as they were.
 
         Raises:
@@ -232,7 +233,7 @@ class Prune:
             fix_precision(pruned)  # Now: each evaluation would round the kernels, too.
         return pruned
 
-    def callbacks(self, model: Any, steps: int) -> list[Any]:
+    def callbacks(self, model: Any, *, seed: int, steps: int, data: Any, learning_rate: float) -> list[Any]:
         """The callback that prunes."""
         from keras_sparse_init import compat
 
@@ -280,7 +281,7 @@ class Lottery:
                 f"lenet5/prune.gin. Received: pruned_run={self.pruned_run!r}"
             )
 
-    def prepare(self, model: Any, seed: int, steps: int) -> Any:
+    def prepare(self, model: Any, *, seed: int, steps: int, data: Any) -> Any:
         """The model with the masks of the run, and the weights of its beginning where they are 1.
 
         Raises:
@@ -298,7 +299,7 @@ class Lottery:
         _take_masks(sparse, masks)
         return sparse
 
-    def callbacks(self, model: Any, steps: int) -> list[Any]:
+    def callbacks(self, model: Any, *, seed: int, steps: int, data: Any, learning_rate: float) -> list[Any]:
         """None: the masks are static."""
         return []
 

@@ -27,6 +27,7 @@ from keras_sparse_init.training.experiments import Dense, Lottery, Prune, Scratc
 from keras_sparse_init.training.job import Job
 from keras_sparse_init.training.networks import lenet5, mlp
 from keras_sparse_init.training.signal_grid import SignalGrid
+from keras_sparse_init.training.sparse_experiments import AtInit, Dynamic
 
 _MODULE = "keras_sparse_init"
 
@@ -39,6 +40,8 @@ gin.external_configurable(Dense, name="dense", module=_MODULE)
 gin.external_configurable(Lottery, name="lottery", module=_MODULE)
 gin.external_configurable(Prune, name="prune", module=_MODULE)
 gin.external_configurable(Scratch, name="scratch", module=_MODULE)
+gin.external_configurable(Dynamic, name="dynamic", module=_MODULE)
+gin.external_configurable(AtInit, name="at_init", module=_MODULE)
 gin.external_configurable(SparseScaledInit, module=_MODULE)
 gin.external_configurable(lenet5, module=_MODULE)
 gin.external_configurable(mlp, module=_MODULE)

@@ -133,7 +133,8 @@ class Job:
             "parameters": network.count_params(),
             "architecture": _architecture(network),
         }
-        self.model = self.experiment.prepare(network, seed=self.settings["seed"], steps=self.settings["steps"])
+        asked = {name: self.settings[name] for name in ("seed", "steps")}
+        self.model = self.experiment.prepare(network, **asked, data=self.data)
 
     def table(self) -> Any:
         """The `SparsityTable` of the model as it is now; of all kernels, full ones, when none is masked."""
@@ -217,7 +218,8 @@ class Job:
         """Makes the steps that are left, and writes what stands at the end."""
         from keras_sparse_init.training.fit import Fit
 
-        fit = Fit(self.model, self.data, self.settings, self.experiment.callbacks(self.model, self.settings["steps"]))
+        asked = {name: self.settings[name] for name in ("seed", "steps", "learning_rate")}
+        fit = Fit(self.model, self.data, self.settings, self.experiment.callbacks(self.model, **asked, data=self.data))
         rows, seconds = fit.run(directory)
 
         from keras_sparse_init.folding import fold_weight_norm
