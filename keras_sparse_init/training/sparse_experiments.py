@@ -105,7 +105,8 @@ class AtInit:
         images: How many training images, drawn at random, their scores are taken on. None: ten for each class.
         keep_layers: Whether every kernel keeps at least one weight.
         initializer: What draws the kernels anew for their masks: an initializer or a class that makes one. None leaves
-            those that the scores were taken of, as the authors do.
+            those that the scores were taken of, as the authors do: of a dense network, whose scale is not that of the
+            sparse one.
 
     Raises:
         ValueError: When the sparsity is out of its range, or `images` is no positive int.
@@ -168,8 +169,7 @@ class AtInit:
         if self.initializer is None:
             apply_masks(sparse)
         else:
-            made = self.initializer() if isinstance(self.initializer, type) else self.initializer
-            reinitialize(sparse, made, seed=seed)
+            reinitialize(sparse, self._initializer(), seed=seed)
         return sparse
 
     def callbacks(self, model: Any, *, seed: int, steps: int, data: Any, learning_rate: float) -> list[Any]:
@@ -178,6 +178,11 @@ class AtInit:
 
     def describe(self) -> dict[str, Any]:
         """What a run's summary says of the experiment: its name and settings."""
-        init = "own" if self.initializer is None else "for the masks"
+        init = "own"
+        if self.initializer is not None:
+            init = getattr(self._initializer(), "granularity", type(self._initializer()).__name__)
         settings = {name: getattr(self, name) for name in ("scope", "rounds", "images", "keep_layers")}
         return {"experiment": self.name, "method": self.scope, "init": init, "scores": settings}
+
+    def _initializer(self) -> Any:
+        return self.initializer() if isinstance(self.initializer, type) else self.initializer
