@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,11 +84,7 @@ def main() -> None:
     rows, table = [], Table("sparsity", "masks", "test accuracy", "training loss", title=f"{options.seeds} seeds")
     for sparsity in options.sparsity:
         for name, (make, updater) in ways.items():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)
-                found = np.array(
-                    [run(data, make, updater, sparsity, seed, options.epochs) for seed in range(options.seeds)]
-                )
+            found = np.array([run(data, make, updater, sparsity, s, options.epochs) for s in range(options.seeds)])
             error = found[:, 0].std(ddof=1) / options.seeds**0.5 if options.seeds > 1 else float("nan")
             accuracy, loss = found.mean(axis=0)
             rows.append(

@@ -227,8 +227,8 @@ class RigL(MaskUpdater):
             of their units in the new mask, as `reinitialize` draws; or a function of (kernel, mask, grown, seed) that
             returns an array of the kernel's shape, of which the entries at `grown` are taken. `kernel` is a
             `MaskedKernel`, `mask` the new mask, `grown` the new connections (boolean arrays of that shape), `seed` an
-            int. On the embedded digits "scaled" is worse than "zeros" the sparser the network is: new weights disturb
-            what the others have learnt.
+            int. On the embedded digits, 99% sparse and more, "scaled" did
+            worse than "zeros" (`benchmarks/sparse_training.py`).
         seed: Non-negative int.
 
     Raises:
