@@ -75,7 +75,11 @@ def test_masks_before_training_are_those_of_prune_at_init_and_kernels_are_drawn_
     masked = wrap_kernels(network)
     order = np.random.default_rng(derive_seed(settings["seed"], "images of the scores")).permutation(60)
     chosen = np.sort(order[:30])
-    loss = compat.library(keras).losses.SparseCategoricalCrossentropy(from_logits=True)
+    cross_entropy = compat.library(keras).losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    def loss(y, logits):
+        return cross_entropy(y, logits / {"snip": 1, "grasp": 200, "magnitude": 1}[method])
+
     seed = derive_seed(settings["seed"], "scores")
     x, y = data.x_train[chosen], data.y_train[chosen]
     prune_at_init(masked, 0.8, method, x, y, loss, keep_layers=True, seed=seed)
@@ -107,6 +111,7 @@ def test_masks_before_training_are_those_of_prune_at_init_and_kernels_are_drawn_
         (lambda: Dynamic(), "Give either `sparsity` or `masks_from`"),
         (lambda: AtInit(1.5), "`sparsity` must be"),
         (lambda: AtInit(0.9, "best"), "`method` must be one of"),
+        (lambda: AtInit(0.9, temperature=0.0), "`temperature` must be a positive float"),
         (lambda: AtInit(0.9, images=0), "`images` must be a positive int or None"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from keras_sparse_init.arguments import check_choice, check_sparsity, is_integer
+from keras_sparse_init.arguments import check_choice, check_positive, check_sparsity, is_integer
 from keras_sparse_init.sampling import derive_seed
 from keras_sparse_init.training.experiments import Scratch
 
@@ -104,6 +104,8 @@ class AtInit:
         rounds: In how many rounds "snip" and "grasp" prune.
         images: How many training images, drawn at random, their scores are taken on. None: ten for each class.
         keep_layers: Whether every kernel keeps at least one weight.
+        temperature: What logits are divided by for the scores. None: 200 for "grasp", as its authors do (without that
+            it may leave a network that hardly trains), 1 for "snip".
         initializer: What draws the kernels anew for their masks: an initializer or a class that makes one. None leaves
             those that the scores were taken of, as the authors do: of a dense network, whose scale is not that of the
             sparse one.
@@ -126,6 +128,7 @@ class AtInit:
     rounds: int = 1
     images: int | None = None
     keep_layers: bool = False
+    temperature: float | None = None
     initializer: Any = None
 
     def __post_init__(self) -> None:
@@ -133,6 +136,8 @@ class AtInit:
         check_choice("method", self.method, ("snip", "grasp", "magnitude", "random"))
         if self.images is not None and not (is_integer(self.images) and self.images > 0):
             raise ValueError(f"`images` must be a positive int or None. Received: images={self.images!r}")
+        if self.temperature is not None:
+            check_positive("temperature", self.temperature)
 
     @property
     def name(self) -> str:
@@ -151,6 +156,7 @@ class AtInit:
         from keras_sparse_init.wrapping import wrap_kernels
 
         sparse = wrap_kernels(model)
+        loss = compat.library_of(model).losses.SparseCategoricalCrossentropy(from_logits=True)
         rng = np.random.default_rng(derive_seed(seed, "images of the scores"))
         images = 10 * data.classes if self.images is None else self.images
         chosen = np.sort(rng.permutation(len(data.x_train))[:images])
@@ -160,7 +166,7 @@ class AtInit:
             self.method,
             data.x_train[chosen],
             data.y_train[chosen],
-            compat.library_of(model).losses.SparseCategoricalCrossentropy(from_logits=True),
+            lambda y, logits: loss(y, logits / self._temperature),
             scope=self.scope,
             rounds=self.rounds,
             keep_layers=self.keep_layers,
@@ -182,7 +188,12 @@ class AtInit:
         if self.initializer is not None:
             init = getattr(self._initializer(), "granularity", type(self._initializer()).__name__)
         settings = {name: getattr(self, name) for name in ("scope", "rounds", "images", "keep_layers")}
+        settings["temperature"] = self._temperature
         return {"experiment": self.name, "method": self.scope, "init": init, "scores": settings}
+
+    @property
+    def _temperature(self) -> float:
+        return (200.0 if self.method == "grasp" else 1.0) if self.temperature is None else float(self.temperature)
 
     def _initializer(self) -> Any:
         return self.initializer() if isinstance(self.initializer, type) else self.initializer
