@@ -46,6 +46,8 @@ def _run(directory, metrics=None, **changes):
         "test_accuracy": 0.9611,
         "loss": 0.00025,
         "gradient_norm": {"initial": 0.5, "mean": 2.0},
+        "distance_from_init": {"absolute": 3.0, "relative": 1.5},
+        "mask_churn": 0.25,
         "seconds": 12.34,
         "table": {"rows": [_ROW]},
     } | changes
@@ -74,11 +76,25 @@ def test_seeds_are_one_row_with_the_mean_and_its_standard_error(seeds):
     assert lines[header + 2].split() == [
         *("lenet5", "scratch", "unit", "95.00%", "0,1,2"),
         *("85.00%", "±", "0.00%", "@100", "93.00%", "±", "2.08%", "0.0003", "±", "0.0000"),
-        *("0.5", "±", "0", "2", "±", "0", "12.3", "3", "runs"),
+        *("0.5", "±", "0", "2", "±", "0", "1.5", "±", "0", "25.0%", "±", "0.0%", "12.3", "3", "runs"),
     ]
     assert lines[header + 3].split() == [
-        *("lenet5", "scratch", "dense", "95.00%", "0", "85.00%", "@100", "50.00%", "0.0003", "0.5", "2", "12.3"),
-        str(seeds[3]),
+        *(
+            "lenet5",
+            "scratch",
+            "dense",
+            "95.00%",
+            "0",
+            "85.00%",
+            "@100",
+            "50.00%",
+            "0.0003",
+            "0.5",
+            "2",
+            "1.5",
+            "25.0%",
+        ),
+        *("12.3", str(seeds[3])),
     ]
     assert "360 test images (one is 0.28%)" in report(seeds) and "± is the standard error over seeds" in report(seeds)
     assert "±" not in report([seeds[0]])
@@ -94,6 +110,8 @@ def test_settings_that_differ_are_columns_and_the_others_are_said_once(tmp_path)
         _run(tmp_path / f"p{begin}", experiment="prune", pruning={"begin_step": begin, "power": 3}) for begin in (5, 9)
     ]
     assert "prune.begin_step" in report(pruned) and "prune.power 3" in report(pruned).splitlines()[0]
+    dynamic = [_run(tmp_path / f"r{n}", experiment="rigl", updates={"frequency": n}) for n in (50, 100)]
+    assert "updates.frequency" in report(dynamic)
 
 
 def test_a_run_counts_once_however_it_is_named_and_a_repeated_one_not_at_all(tmp_path, seeds):
@@ -131,8 +149,8 @@ def test_early_accuracies_of_other_steps_have_no_mean(tmp_path):
 
 def test_runs_of_an_older_version_lack_the_gradient_and_nothing_else(tmp_path):
     metrics = "step,loss,train_accuracy,test_accuracy\n100,0.4,0.9,0.9\n"
-    old = _run(tmp_path / "old", metrics, gradient_norm=None)
-    assert report([old]).splitlines()[4].split()[-4:-1] == ["-", "-", "12.3"]
+    old = _run(tmp_path / "old", metrics, gradient_norm=None, distance_from_init=None, mask_churn=None)
+    assert report([old]).splitlines()[4].split()[-6:-1] == ["-", "-", "-", "-", "12.3"]
     report([old], tmp_path / "out")
     (row,) = _csv(tmp_path / "out" / "curves.csv")
     assert (row["test_accuracy"], row["gradient_norm"], row["gradient_norm_error"]) == ("0.9", "", "")

@@ -11,6 +11,7 @@ from keras_sparse_init.training.configs import config_root
 from keras_sparse_init.training.gin_registry import make_job
 from keras_sparse_init.training.progress import Progress
 from keras_sparse_init.training.run_dir import read_masks
+from keras_sparse_init.training.run_model import load_run
 from keras_sparse_init.wrapping import wrap_kernels
 
 
@@ -31,7 +32,16 @@ def test_masks_change_and_keep_their_density_and_a_stopped_run_goes_on_to_the_sa
     last = read_masks(whole.directory)
     for name, mask in first.items():
         assert last[name].sum() == mask.sum()
-    assert any((last[name] != mask).any() for name, mask in first.items())
+    new = sum(int((last[name].astype(bool) & ~mask).sum()) for name, mask in first.items())
+    assert whole.summary["mask_churn"] == pytest.approx(new / sum(int(mask.sum()) for mask in first.values()))
+    assert new > 0
+    begun = load_run(whole.directory, "start", data).model.get_weights()
+    ended = whole.model.get_weights()
+    moved = np.sqrt(sum(np.sum((w - v) ** 2.0) for v, w in zip(begun, ended, strict=True)))
+    length = np.sqrt(sum(np.sum(v**2.0) for v in begun))
+    assert whole.summary["distance_from_init"] == pytest.approx(
+        {"absolute": moved, "relative": moved / length}, rel=1e-5
+    )
     assert whole.summary["experiment"] == updater and whole.summary["updates"]["frequency"] == 10
 
     on_step = Progress.on_step

@@ -34,6 +34,7 @@ def save(directory: Path, model: Any, step: int, **progress: Any) -> Path:
     temporary = path.with_suffix(".tmp")
     arrays = {name: _storable(compat.to_numpy(name, variable)) for name, variable in _variables(model).items()}
     arrays["names"] = np.array(_names(model, plain_variables(model)))
+    arrays["mask_names"] = np.array(_mask_names(model))
     with temporary.open("wb") as file:
         np.savez(file, **{f"progress/{name}": value for name, value in {"step": step, **progress}.items()}, **arrays)
         file.flush()
@@ -89,7 +90,8 @@ def restore(path: Path, model: Any) -> dict[str, np.ndarray]:
 
     variables = _variables(model)
     arrays = _read(path, "; without it the run goes on from the one before")
-    arrays.pop("names", None)
+    for name in ("names", "mask_names"):
+        arrays.pop(name, None)
     progress = {name: arrays.pop(f"progress/{name}") for name in _progress_names(arrays)}
     found = {name: array.shape for name, array in arrays.items()}
     expected = {name: tuple(variable.shape) for name, variable in variables.items()}
@@ -156,6 +158,28 @@ def names(model: Any) -> dict[int, str]:
     return dict(zip(map(id, variables), _names(model, variables), strict=True))
 
 
+def masks(path: Path) -> dict[str, np.ndarray]:
+    """The masks of a checkpoint, boolean arrays by the names of the kernels.
+
+    Raises:
+        ValueError: When the checkpoint is damaged.
+    """
+    arrays = _read(path)
+    try:
+        named = enumerate(map(str, arrays["mask_names"]))
+        return {name: arrays[f"masks/{number}"].astype(bool) for number, name in named if name}
+    except KeyError as error:
+        raise ValueError(f"The checkpoint {str(path)!r} is damaged (it lacks {error})") from error
+
+
+def _mask_names(model: Any) -> list[str]:
+    """For each variable that a plain model has not the name of the kernel whose mask it is, or an empty one."""
+    from keras_sparse_init.sparse_model import masked_kernels
+
+    known = {id(kernel.mask): kernel.seed_name for kernel in masked_kernels(model)}
+    return [known.get(id(variable), "") for variable in _own_variables(model)]
+
+
 def _names(model: Any, variables: list[Any]) -> list[str]:
     """A name for each variable that depends neither on the Keras nor on what the process has made before."""
     from keras_sparse_init import traversal
@@ -178,12 +202,16 @@ def plain_variables(model: Any) -> list[Any]:
     return [variable for variable in model.variables if id(variable) not in own]
 
 
+def _own_variables(model: Any) -> list[Any]:
+    """The variables of a model that a plain one has not: the masks, thresholds and steps of its wrappers."""
+    plain = {id(variable) for variable in plain_variables(model)}
+    return [variable for variable in model.variables if id(variable) not in plain]
+
+
 def _variables(model: Any) -> dict[str, Any]:
     """By number, since names differ between the Kerases and need not be unique."""
-    plain = plain_variables(model)
-    known = {id(variable) for variable in plain}
     return {
-        **{f"model/{number}": variable for number, variable in enumerate(plain)},
-        **{f"masks/{n}": variable for n, variable in enumerate(v for v in model.variables if id(v) not in known)},
+        **{f"model/{number}": variable for number, variable in enumerate(plain_variables(model))},
+        **{f"masks/{number}": variable for number, variable in enumerate(_own_variables(model))},
         **{f"optimizer/{number}": variable for number, variable in enumerate(model.optimizer.variables)},
     }

@@ -220,11 +220,11 @@ class Job:
 
         asked = {name: self.settings[name] for name in ("seed", "steps", "learning_rate")}
         fit = Fit(self.model, self.data, self.settings, self.experiment.callbacks(self.model, **asked, data=self.data))
-        rows, seconds = fit.run(directory)
-
         from keras_sparse_init.folding import fold_weight_norm
         from keras_sparse_init.sparse_model import apply_masks, masked_kernels, strip
 
+        before = self._state()  # A run that goes on has begun with the same.
+        rows, seconds = fit.run(directory)
         apply_masks(self.model)  # The last step has moved weights that the next forward pass would have masked.
         test_loss, test_accuracy = fit.evaluate()
         table, norms = self.table(), [row["gradient_norm"] for row in rows]
@@ -246,6 +246,7 @@ class Job:
             "loss": rows[-1]["loss"],
             "train_accuracy": rows[-1]["train_accuracy"],
             "gradient_norm": {"initial": norms[0], "mean": float(np.mean(norms[1:]))},
+            **_changes(before, self._state()),
             **self.settings,
             "seconds": round(seconds, 2),
             "table": table.to_dict(),
@@ -253,6 +254,14 @@ class Job:
         }
         run_dir.write_summary(directory, summary)
         return TrainResult(directory, plain, table, summary)
+
+    def _state(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Copies of the trainable weights, and of the masks."""
+        from keras_sparse_init import compat
+        from keras_sparse_init.sparse_model import masked_kernels
+
+        weights = [np.array(compat.to_numpy("weight", v), np.float64) for v in self.model.trainable_variables]
+        return weights, [kernel.mask_value().copy() for kernel in masked_kernels(self.model)]
 
     def _identity(self, config: str | None) -> dict[str, Any]:
         """What tells this job from others: a run is never resumed as another."""
@@ -308,6 +317,18 @@ def train(
     if output_dir is not None:
         run_dir.check_output_dir(output_dir)
     return Job(model, data, experiment, **settings).run(output_dir)
+
+
+def _changes(before: tuple[list[np.ndarray], list[np.ndarray]], after: tuple[list[np.ndarray], ...]) -> dict[str, Any]:
+    """How far training has moved the weights, and the part of the last connections that were not there at first."""
+    length = math.sqrt(sum(float(np.sum(w**2)) for w in before[0]))
+    moved = math.sqrt(sum(float(np.sum((w - v) ** 2)) for v, w in zip(before[0], after[0], strict=True)))
+    new = sum(int(np.count_nonzero(m & ~n)) for n, m in zip(before[1], after[1], strict=True))
+    connections = sum(int(np.count_nonzero(mask)) for mask in after[1])
+    return {
+        "distance_from_init": {"absolute": moved, "relative": moved / length if length else None},
+        "mask_churn": new / connections if connections else 0.0,
+    }
 
 
 def _digest(arrays: list[np.ndarray]) -> str:

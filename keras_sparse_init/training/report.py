@@ -24,6 +24,8 @@ _NUMBERS = {
     "loss": ("loss",),
     "gradient_norm_initial": ("gradient_norm", "initial"),
     "gradient_norm_mean": ("gradient_norm", "mean"),
+    "distance_from_init": ("distance_from_init", "relative"),
+    "mask_churn": ("mask_churn",),
     "seconds": ("seconds",),
 }
 
@@ -69,7 +71,9 @@ def report(directories: Iterable[str | os.PathLike[str]], output_dir: str | os.P
     parts.append(
         f"accuracy is of {grain}; the early one shows how training starts\n"
         "gradient norm is that of the loss on training images over all weights that are not masked: at initialization "
-        "it is small where the signal dies, later it falls as the network learns"
+        "it is small where the signal dies, later it falls as the network learns\n"
+        "distance from init: how far training has moved all weights, relative to their norm at the beginning; mask "
+        "churn: the part of the connections of the end that were not there at the beginning"
     )
     if several:
         parts[-1] += "\n± is the standard error over seeds"
@@ -86,7 +90,7 @@ def report(directories: Iterable[str | os.PathLike[str]], output_dir: str | os.P
 def _table_of_groups(groups: Sequence[Group]) -> str:
     others = [name for name in differing(groups) if name not in _SHOWN]
     header = [*_SHOWN, *others, "seed", "early test accuracy", "test accuracy", "loss"]
-    header += ["gradient norm at init", "in training", "seconds", "run"]
+    header += ["gradient norm at init", "in training", "distance from init", "mask churn", "seconds", "run"]
     rows = []
     for group in groups:
         s, runs = group.settings, group.runs
@@ -104,6 +108,8 @@ def _table_of_groups(groups: Sequence[Group]) -> str:
                 _with_error(group, "loss", ".4f"),
                 _with_error(group, "gradient_norm_initial", ".3g"),
                 _with_error(group, "gradient_norm_mean", ".3g"),
+                _with_error(group, "distance_from_init", ".3g"),
+                _with_error(group, "mask_churn", ".1%"),
                 f"{mean_and_error(group.values('seconds'))[0]:.1f}",
                 str(runs[0].path) if len(runs) == 1 else f"{len(runs)} runs",
             ]

@@ -26,7 +26,7 @@ class RunModel:
         directory: The run's directory.
         checkpoint: Which weights it has: "end", or the step of a checkpoint.
         model: The model, of the run's Keras.
-        masks: For each of `variables` its boolean mask; ones for what has none.
+        masks: For each of `variables` its boolean mask then; ones for what has none.
         data: The data that the run was trained on.
     """
 
@@ -118,12 +118,14 @@ def load_run(
             f"Keras must run on TensorFlow to load the run {str(directory)!r}: set KERAS_BACKEND=tensorflow"
         )
     names = checkpoints.names(model)
-    if checkpoint != "end":
-        values = checkpoints.weights(checkpoints.of_step(directory, int(checkpoint)), model)
-        for variable, value in zip(checkpoints.plain_variables(model), values, strict=True):
+    if checkpoint == "end":
+        with np.load(directory / run_dir.MASKS, allow_pickle=False) as archive:
+            known = {name: archive[name].astype(bool) for name in archive.files}
+    else:
+        path = checkpoints.of_step(directory, int(checkpoint))
+        known = checkpoints.masks(path)  # They may have changed since.
+        for variable, value in zip(checkpoints.plain_variables(model), checkpoints.weights(path, model), strict=True):
             compat.assign(variable, value)
-    with np.load(directory / run_dir.MASKS, allow_pickle=False) as archive:
-        known = {name: archive[name].astype(bool) for name in archive.files}
     masks = []
     for variable in model.trainable_variables:
         mask = known.pop(names[id(variable)], np.ones(variable.shape, bool))

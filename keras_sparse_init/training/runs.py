@@ -45,7 +45,8 @@ class Run:
         summary = self.summary
         found = {name: summary[name] for name in _NEEDED} | {name: summary.get(name) for name in _OPTIONAL}
         found["sparsity"] = round(found["sparsity"], 4)  # Masks of another seed may differ by a weight or two.
-        for prefix, known in (("prune", "pruning"), ("init", "initializer")):
+        nested = {"prune": "pruning", "init": "initializer", "updates": "updates", "scores": "scores"}
+        for prefix, known in nested.items():
             values = summary.get(known) or {}
             found |= {f"{prefix}.{name}": value for name, value in values.items() if name != "sparsity"}
         return found
