@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from masked_layers import CASES, arguments, data, number, subclassed
+from masked_layers import CASES, arguments, data, number, predicted, subclassed
 
 from keras_sparse_init import SparseHeNormal, WeightNorm, fold_weight_norm
 
@@ -51,11 +51,6 @@ def trained(library):
     return model
 
 
-def outputs(model, x):
-    """What the model predicts; a call, since `predict` would trace a function for each model."""
-    return number(model(tf.nest.map_structure(tf.constant, x), training=False))
-
-
 def assert_same(model, other):
     for layer, same in zip(model.layers, other.layers, strict=True):
         for option in ("weight_names", "feature_axes", "use_scale", "init_scale"):
@@ -63,7 +58,7 @@ def assert_same(model, other):
     assert len(model.get_weights()) == len(other.get_weights())
     for weight, other_weight in zip(model.get_weights(), other.get_weights(), strict=True):
         np.testing.assert_array_equal(weight, other_weight)
-    np.testing.assert_array_equal(outputs(other, X), outputs(model, X))
+    np.testing.assert_array_equal(predicted(other, X), predicted(model, X))
     np.testing.assert_array_equal(float(sum(other.losses)), float(sum(model.losses)))
     assert float(sum(model.losses)) > 0
 
@@ -192,7 +187,7 @@ def test_loading_in_another_process_needs_the_package_and_of_folded_models_not_e
         for name, saved in ((library.__name__, model), (f"folded_{library.__name__}", fold_weight_norm(model))):
             for ending in ("keras", "h5"):
                 saved.save(tmp_path / f"{name}.{ending}")
-            np.save(tmp_path / f"{name}.npy", outputs(saved, X))
+            np.save(tmp_path / f"{name}.npy", predicted(saved, X))
     command = [sys.executable, "-W", "ignore", "-c", LOADING]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -227,8 +222,8 @@ def test_a_folded_layer_is_plain_and_has_the_same_outputs(library, name, built):
     assert json.dumps(plain.get_config(), default=str) == json.dumps(layer.get_config(), default=str)
     assert [tuple(w.shape) for w in plain.weights] == [tuple(w.shape) for w in layer.weights]
     assert not {id(w) for w in plain.weights} & {id(w) for w in layer.weights}
-    found, expected = tf.nest.flatten(plain(*args, **kwargs)), tf.nest.flatten(wrapped(*args, **kwargs))
-    for output, other in zip(found, expected, strict=True):
+    outputs, expected = tf.nest.flatten(plain(*args, **kwargs)), tf.nest.flatten(wrapped(*args, **kwargs))
+    for output, other in zip(outputs, expected, strict=True):
         np.testing.assert_array_equal(number(output), number(other))
     again = WeightNorm(plain)
     for output, other in zip(tf.nest.flatten(again(*args, **kwargs)), expected, strict=True):
@@ -255,32 +250,32 @@ def test_a_folded_model_has_no_weight_norm_left_and_the_same_outputs(library, ki
         "subclassed": lambda library: subclassed(library, WeightNorm),
     }[kind](library)
     x = {"sequential": X, "functional": [data(3, 4), data(3, 4, seed=1)], "subclassed": data(3, 5)}[kind]
-    before = outputs(model, x)
+    before = predicted(model, x)
     if kind == "sequential":
         model.set_weights(trained(library).get_weights())
-        before = outputs(model, x)
+        before = predicted(model, x)
     wrappers = [layer for layer in model._flatten_layers() if isinstance(layer, WeightNorm)]
     for wrapper in wrappers:
         for kernel in wrapper.get_prunable_weights():
             kernel.assign(number(kernel) * 3)
-    np.testing.assert_allclose(outputs(model, x), before, rtol=1e-4, atol=1e-5)
-    before, weights = outputs(model, x), model.get_weights()
+    np.testing.assert_allclose(predicted(model, x), before, rtol=1e-4, atol=1e-5)
+    before, weights = predicted(model, x), model.get_weights()
     plain = fold_weight_norm(model)
     assert not any(isinstance(layer, WeightNorm) for layer in plain._flatten_layers())
-    np.testing.assert_allclose(outputs(plain, x), before, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(predicted(plain, x), before, rtol=1e-6, atol=1e-7)
     assert len(plain.weights) == len(weights) - sum(
         wrapper.use_scale * len(wrapper.get_prunable_weights()) for wrapper in wrappers
     )
     if kind == "subclassed":
         assert plain is model
     else:
-        np.testing.assert_array_equal(outputs(model, x), before)
+        np.testing.assert_array_equal(predicted(model, x), before)
     plain.compile("adam", "mse", run_eagerly=True)
     plain.fit(x, np.zeros_like(before), verbose=0)
     if kind != "subclassed":
         plain.save(tmp_path / "model.keras")
         loaded = library.models.load_model(tmp_path / "model.keras")
-        np.testing.assert_array_equal(outputs(loaded, x), outputs(plain, x))
+        np.testing.assert_array_equal(predicted(loaded, x), predicted(plain, x))
 
 
 @either_keras
