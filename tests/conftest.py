@@ -1,15 +1,21 @@
 """Settings that must stand before TensorFlow is imported."""
 
+import gc
 import os
 
 import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# What the tests run on JAX they run once: to compile it well takes longer than it saves.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 def pytest_collection_finish(session):
-    """Two virtual CPUs for the tests of tf.distribute: possible only until TensorFlow runs its first operation."""
+    """What must happen after the imports of the test modules and before the first test."""
+    # The imports have made about a million objects that stay: a full collection need not look through them each time.
+    gc.freeze()
+    # Two virtual CPUs for the tests of tf.distribute: possible only until TensorFlow runs its first operation.
     if any(item.path.name.endswith("distribution.py") for item in session.items):
         import contextlib
 

@@ -72,6 +72,11 @@ def number(value):
     return value.numpy() if isinstance(value, tf.Variable | tf.Tensor) else keras.ops.convert_to_numpy(value)
 
 
+def predicted(model, x):
+    """What a model on TensorFlow predicts; by a call, since `predict` traces a function for each model."""
+    return number(model(tf.nest.map_structure(tf.constant, x), training=False))
+
+
 def arguments(library, name):
     """What a case's layer is called with: tensors of its Keras."""
     _, args, kwargs, _ = CASES[name]

@@ -105,14 +105,18 @@ def test_train_prints_the_layers_the_accuracy_and_where_the_results_lie_and_no_l
     assert [line.split("  ")[0] for line in process.stderr.splitlines()] == ["step 2/4", "step 4/4"]
 
 
-def _interrupted(directory, signal_number, *bindings):
-    """Starts a run of 4000 steps that checkpoints every 20, and sends it a signal at about step 40."""
+# So many steps that a signal comes before the last of them.
+_RESUMED = ("train.log_every=20", "train.checkpoint_every=20", "mlp.hidden_sizes=(10,)", "LEARNING_RATE=0.01")
+_RESUMED_ARGUMENTS = ["train", "--gin_file", "mlp/scratch.gin", *_bindings(*_RESUMED, "STEPS=400"), "--output_dir"]
+
+
+def _interrupted(directory, signal_number):
+    """Starts a run that checkpoints every 20 steps, and sends it a signal at about step 40."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    arguments = ["train", "--gin_file", "mlp/scratch.gin", *_bindings(*_RESUMED, *bindings), "--output_dir", "out"]
     # Where the tests run in the background, their children start with SIGINT ignored.
     script = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     script += "from keras_sparse_init.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", script, *arguments]
+    command = [sys.executable, "-c", script, *_RESUMED_ARGUMENTS, "out"]
     with subprocess.Popen(command, cwd=directory, env=env, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if line.startswith("step 40/"):
@@ -122,14 +126,19 @@ def _interrupted(directory, signal_number, *bindings):
     return process.returncode, rest
 
 
-_RESUMED = ("train.log_every=20", "train.checkpoint_every=20", "mlp.hidden_sizes=(10,)", "LEARNING_RATE=0.01")
+@pytest.fixture(scope="module")
+def never_interrupted(tmp_path_factory):
+    """The weights of that run when nothing ends it."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert cli.main([*_RESUMED_ARGUMENTS, str(out)]) == 0
+    return tf_keras.models.load_model(out / "model.keras").get_weights()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_a_run_that_was_killed_or_interrupted_goes_on_and_ends_with_the_same_weights(number, code, tmp_path, capsys):
-    bindings = [*_RESUMED, "STEPS=1500"]
-    arguments = ["train", "--gin_file", "mlp/scratch.gin", *_bindings(*bindings), "--output_dir"]
-    returned, printed = _interrupted(tmp_path, number, "STEPS=1500")
+def test_a_run_that_was_killed_or_interrupted_goes_on_and_ends_with_the_same_weights(
+    number, code, never_interrupted, tmp_path, capsys
+):
+    returned, printed = _interrupted(tmp_path, number)
     assert returned == code
     told = "interrupted; to go on, give this command with --output_dir out\n"
     assert number != signal.SIGINT or printed.endswith(told)
@@ -138,16 +147,15 @@ def test_a_run_that_was_killed_or_interrupted_goes_on_and_ends_with_the_same_wei
     assert checkpoint.name >= "step-000000020.npz" and not (out / "summary.json").exists()
 
     # Another configuration does not take the directory over.
-    assert cli.main([*arguments, str(out), *_bindings("SPARSITY=0.5")]) == 2
+    assert cli.main([*_RESUMED_ARGUMENTS, str(out), *_bindings("SPARSITY=0.5")]) == 2
     assert "unfinished run of another configuration" in capsys.readouterr().err
     assert checkpoints.last(out) == checkpoint
 
-    assert cli.main([*arguments, str(out)]) == 0
+    assert cli.main([*_RESUMED_ARGUMENTS, str(out)]) == 0
     first = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("step "))
     assert int(re.match(r"step (\d+)", first)[1]) > 20  # It did not begin again.
-    assert cli.main([*arguments, str(tmp_path / "whole")]) == 0
-    resumed, whole = (tf_keras.models.load_model(tmp_path / name / "model.keras") for name in ("out", "whole"))
-    for weight, expected in zip(resumed.get_weights(), whole.get_weights(), strict=True):
+    resumed = tf_keras.models.load_model(out / "model.keras").get_weights()
+    for weight, expected in zip(resumed, never_interrupted, strict=True):
         np.testing.assert_array_equal(weight, expected)
 
 
@@ -317,8 +325,11 @@ def test_a_config_does_what_its_header_says(name, tickets):
     make_job([find_config(name)], [*arguments.gin_bindings, *needed])
 
 
-@pytest.mark.parametrize("keras", ["tf_keras", "keras"])
-@pytest.mark.parametrize("name", _CONFIGS)
+# Each network and each experiment in both.
+@pytest.mark.parametrize(
+    ("name", "keras"),
+    [(name, ("tf_keras", "keras")[(i + name.startswith("mlp")) % 2]) for i, name in enumerate(_CONFIGS)],
+)
 def test_every_config_runs_in_either_keras(name, keras, tickets, tmp_path, capsys):
     bindings = [f"train.keras='{keras}'", "STEPS=4", *tickets.get(name, [])]
     assert cli.main(["train", "--gin_file", name, *_bindings(*bindings), "--output_dir", str(tmp_path / "out")]) == 0

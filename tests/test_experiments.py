@@ -68,12 +68,21 @@ def test_masks_that_are_not_there_or_do_not_fit_are_clear_errors(result, data, t
         Scratch(masks_from=5)
 
 
-@pytest.fixture(scope="module", params=["tf_keras", "keras"])
-def pruned(request, data, tmp_path_factory):
-    """A run that pruned at steps 10, 15, ..., 40 of 60."""
+@pytest.fixture(scope="module")
+def pruned_runs(data, tmp_path_factory):
+    """In either Keras a run that pruned at steps 10, 15, ..., 40 of 60."""
     experiment = Prune(0.8, begin_step=10, end_step=40, frequency=5)
-    directory = tmp_path_factory.mktemp("pruned")
-    return train(small_network, data, experiment, output_dir=directory, **small_settings(keras=request.param))
+    return {
+        keras: train(
+            small_network, data, experiment, output_dir=tmp_path_factory.mktemp(keras), **small_settings(keras=keras)
+        )
+        for keras in ("tf_keras", "keras")
+    }
+
+
+@pytest.fixture(params=["tf_keras", "keras"])
+def pruned(request, pruned_runs):
+    return pruned_runs[request.param]
 
 
 def _masks(run):
@@ -127,13 +136,15 @@ def test_pruning_updates_the_masks_right_before_the_steps_of_the_schedule_and_no
     assert experiment.found == pytest.approx([0] * 6 + [0.7] * 3 + [0.8] * 3, abs=0.01)
 
 
-def test_both_kerases_train_the_same_weights(data, tmp_path):
+def test_both_kerases_train_the_same_weights(result, pruned_runs, data, tmp_path):
     """One source of values, masks and batches: what differs is who computes the steps."""
-    for name, experiment in (("scratch", Scratch(0.7)), ("prune", Prune(0.7)), ("dense", Dense())):
-        runs = [
-            train(small_network, data, experiment, output_dir=tmp_path / f"{name}-{k}", **small_settings(keras=k))
-            for k in ("tf_keras", "keras")
-        ]
+
+    def run(experiment, keras):
+        directory = tmp_path / f"{type(experiment).__name__}-{keras}"
+        return train(small_network, data, experiment, output_dir=directory, **small_settings(keras=keras))
+
+    dense = [run(Dense(), keras) for keras in ("tf_keras", "keras")]
+    for runs in ([result, run(Scratch(0.7), "keras")], list(pruned_runs.values()), dense):
         assert [run.summary["keras"] for run in runs] == ["tf_keras", "keras"]
         weights = [run.model.get_weights() for run in runs]
         for one, other in zip(*weights, strict=True):
@@ -160,6 +171,7 @@ def test_networks_with_normalized_weights_are_pruned_and_saved_plain(data, tmp_p
             np.testing.assert_allclose(np.linalg.norm(kernel, axis=0)[mask.any(axis=0)], 1, rtol=1e-4)
     predicted = np.asarray(saved(data.x_test)).argmax(axis=1)
     assert np.mean(predicted == data.y_test) == pytest.approx(pruned.summary["test_accuracy"])
+    settings["steps"] = 2
     ticket = train(network, data, Lottery(pruned.directory), output_dir=tmp_path / "ticket", **settings)
     assert all(map(np.array_equal, _masks(ticket).values(), _masks(pruned).values()))
 

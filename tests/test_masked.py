@@ -17,6 +17,7 @@ from masked_layers import (
     half,
     masked_case,
     number,
+    predicted,
     subclassed,
     weights_and_masks,
 )
@@ -252,7 +253,7 @@ def test_functional_models_with_nested_ones_shared_layers_and_several_inputs(lib
     masks = {id(k.mask) for k in masked_kernels(masked)}
     plain.set_weights([number(weight) for weight in masked.weights if id(weight) not in masks])
     x = [data(3, 4), data(3, 4, seed=1)]
-    np.testing.assert_allclose(masked.predict(x, verbose=0), plain.predict(x, verbose=0), rtol=1e-5)
+    np.testing.assert_allclose(predicted(masked, x), predicted(plain, x), rtol=1e-5)
     masked.compile("adam", "mse")
     masked.fit(x, data(3, 2), epochs=2, verbose=0)
     assert_sparse(masked)
@@ -288,10 +289,14 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_weights_off_the_mask_are_exactly_0_under_every_optimizer(library, optimizer):
     layers = library.layers
+    if optimizer == "adam":  # To trace an LSTM takes as long as all the others.
+        first = layers.LSTM(4, return_sequences=True, kernel_regularizer="l2")
+    else:
+        first = layers.Dense(4, activation="tanh", kernel_regularizer="l2")
     model = library.Sequential(
         [
             library.Input((6, 4)),
-            Masked(layers.LSTM(4, return_sequences=True, kernel_regularizer="l2"), sparsity=0.5),
+            Masked(first, sparsity=0.5),
             Masked(layers.Conv1D(4, 2, kernel_constraint=library.constraints.MaxNorm(0.8, axis=[0, 1])), sparsity=0.5),
             Masked(layers.Dense(2, kernel_regularizer="l1"), sparsity=0.5),
         ]
@@ -309,7 +314,8 @@ def test_weights_off_the_mask_are_exactly_0_under_every_optimizer(library, optim
 
 
 def regularization(model):
-    l2, l1 = number(model.layers[0].layer.cell.kernel), number(model.layers[2].layer.kernel)
+    first = model.layers[0].layer
+    l2, l1 = number(getattr(first, "cell", first).kernel), number(model.layers[2].layer.kernel)
     return 0.01 * (l2**2).sum() + 0.01 * np.abs(l1).sum()
 
 

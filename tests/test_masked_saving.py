@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from masked_layers import CASES, arguments, data, half, number, weights_and_masks
+from masked_layers import CASES, arguments, data, half, number, predicted, weights_and_masks
 
 from keras_sparse_init import Masked, SparseHeNormal, masked_kernels, masks, set_masks
 
@@ -109,12 +109,13 @@ def test_a_trained_model_comes_back_with_its_optimizer_and_trains_on_alike(model
     loaded = library.models.load_model(save(library, saved, tmp_path / name))
     # The optimizer's variables of plain models come back from these alone, too.
     assert_same(saved, loaded, optimizer=name == "model.keras" or (library, name) == (tf_keras, "model.h5"))
-    np.testing.assert_allclose(loaded.predict(X, verbose=0), saved.predict(X, verbose=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(predicted(loaded, X), predicted(saved, X), rtol=1e-5, atol=1e-6)
     assert type(loaded.layers[0]) is type(saved.layers[0])
     before = weights_and_masks(loaded)
     if (library, name) == (keras, "model.h5"):
         # Keras 3 has given the optimizer no variables, for plain models as well.
         loaded.compile("adam", "mse")
+    loaded.run_eagerly = name == "model.h5"  # To trace takes seconds.
     loaded.fit(X, Y, verbose=0)
     changed = []
     for (old_kernel, old_mask), (kernel, mask) in zip(before, weights_and_masks(loaded), strict=True):
@@ -219,7 +220,7 @@ def test_a_layer_that_was_built_before_it_was_wrapped_is_saved_and_cloned(librar
         model.save(tmp_path / name)
         loaded = library.models.load_model(tmp_path / name)
         np.testing.assert_array_equal(weights_and_masks(loaded), weights_and_masks(model))
-        np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5)
+        np.testing.assert_allclose(predicted(loaded, x), predicted(model, x), rtol=1e-5)
     np.testing.assert_array_equal(weights_and_masks(library.models.clone_model(model))[0][1], half(5, 3))
 
 
@@ -243,11 +244,11 @@ def test_attention_to_values_of_another_width(library, tmp_path, name):
     model = attention(library)
     set_masks(model, masks.Random(0.6), seed=2)
     x = [data(2, 4, 3), data(2, 7, 5)]
-    expected = model.predict(x, verbose=0)
+    expected = predicted(model, x)
     if name == "export":
         if library is tf_keras:
             model.save(tmp_path / name, save_format="tf")
-            output = tf_keras.models.load_model(tmp_path / name).predict(x, verbose=0)
+            output = predicted(tf_keras.models.load_model(tmp_path / name), x)
         else:
             model.export(tmp_path / name, verbose=False)
             exported = tf.saved_model.load(tmp_path / name)
@@ -264,7 +265,7 @@ def test_attention_to_values_of_another_width(library, tmp_path, name):
             model.save(tmp_path / name)
             other = library.models.load_model(tmp_path / name)
         assert_same(model, other)
-        output = other.predict(x, verbose=0)
+        output = predicted(other, x)
     np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -279,7 +280,7 @@ def test_an_exported_model_gives_the_same_predictions(library, tmp_path):
         tf.saved_model.save(model, tmp_path / "exported")
         exported = tf.saved_model.load(tmp_path / "exported")
         output = exported(tf.constant(X), training=False)
-    np.testing.assert_allclose(output, model.predict(X, verbose=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(output, predicted(model, X), rtol=1e-5, atol=1e-6)
 
 
 @either_keras
@@ -311,7 +312,7 @@ for name in {names}:
     model = library.models.load_model(name)
     assert type(model.layers[0]).__name__ == "Masked"
     assert isinstance(model.layers[0], library.layers.Layer)
-    outputs = model.predict(np.load("x.npy"), verbose=0)
+    outputs = np.asarray(model(np.load("x.npy"), training=False))
     kernels = keras_sparse_init.masked_kernels(model)
     results[name] = [outputs.tolist(), [kernel.mask_value().tolist() for kernel in kernels]]
 print(json.dumps(results))
@@ -336,7 +337,7 @@ def test_importing_the_package_is_enough_to_load_a_model_in_another_process(tmp_
     assert list(results) == names
     for name, (outputs, loaded_masks) in results.items():
         saved = models[name.split("/")[0]]
-        np.testing.assert_allclose(outputs, saved.predict(X, verbose=0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(outputs, predicted(saved, X), rtol=1e-5, atol=1e-6)
         for mask, (_, expected) in zip(loaded_masks, weights_and_masks(saved), strict=True):
             np.testing.assert_array_equal(mask, expected)
 

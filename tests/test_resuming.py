@@ -1,9 +1,9 @@
 """Runs that were interrupted, and what is kept of a run."""
 
+import shutil
 import subprocess
 import sys
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -11,8 +11,7 @@ from small_jobs import rows_of, small_network, small_settings
 from tensorflow.core.util import event_pb2
 
 from keras_sparse_init import SparseHeNormal, compat
-from keras_sparse_init.training import Dense, Job, Prune, Scratch, checkpoints, make_data, mlp, run_dir, train
-from keras_sparse_init.training.optimizers import OPTIMIZERS
+from keras_sparse_init.training import Job, Prune, Scratch, checkpoints, make_data, mlp, run_dir, train
 from keras_sparse_init.training.progress import Progress
 
 
@@ -33,28 +32,96 @@ def _stop_at(monkeypatch, step, error=Stopped):
 
 
 def _stopped(data, directory, monkeypatch, step, error=Stopped, **changes):
-    """An unfinished run of 90 steps with rows every 10 and checkpoints every 20."""
+    """An unfinished run of 50 steps with rows every 10 and checkpoints every 20."""
     with monkeypatch.context() as patch:
         _stop_at(patch, step, error)
         with pytest.raises(error):
             _go_on(data, directory, **changes)
 
 
-def _go_on(data, directory, **changes):
-    settings = small_settings(steps=90, log_every=10, checkpoint_every=20) | changes
-    return train(small_network, data, Scratch(0.7), output_dir=directory, **settings)
+def _go_on(data, directory, model=small_network, experiment=None, **changes):
+    settings = small_settings(steps=50, log_every=10, checkpoint_every=20) | changes
+    return train(model, data, experiment or Scratch(0.7), output_dir=directory, **settings)
 
 
-def _check_resumed(data, directory, monkeypatch, experiment, network=small_network, **changes):
-    """That a run which stops after step 50, its last checkpoint at 40, ends as one that does not stop."""
-    settings = small_settings(steps=90, log_every=10, checkpoint_every=20) | changes
-    whole = train(network, data, experiment, output_dir=directory / "whole", **settings)
-    with monkeypatch.context() as patch:
-        _stop_at(patch, 50)
-        with pytest.raises(Stopped):
-            train(network, data, experiment, output_dir=directory / "stopped", **settings)
-    assert checkpoints.last(directory / "stopped").name == "step-000000040.npz"
-    resumed = train(network, data, experiment, output_dir=directory / "stopped", **settings)
+def _run_and_copies(data, directory, **job):
+    """A run, and by step copies of its directory as it was then: what a process leaves that is killed."""
+    whole, on_step = directory / "whole", Progress.on_step
+    copies = {step: directory / f"at-{step}" for step in (30, 50)}
+
+    def copying(self, now, logs):
+        wrote = on_step(self, now, logs)
+        if self.step in copies:
+            shutil.copytree(whole, copies[self.step])
+        return wrote
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "on_step", copying)
+        return _go_on(data, whole, **job), copies
+
+
+@pytest.fixture(scope="module")
+def run_and_copies(data, tmp_path_factory):
+    return _run_and_copies(data, tmp_path_factory.mktemp("resuming"))
+
+
+@pytest.fixture
+def whole(run_and_copies):
+    """The run of `_go_on`, finished."""
+    return run_and_copies[0]
+
+
+@pytest.fixture
+def killed(run_and_copies, tmp_path):
+    """The directory of that run as it was after step 30, its last checkpoint at 20."""
+    return shutil.copytree(run_and_copies[1][30], tmp_path / "killed")
+
+
+_PRUNED_WHILE_IT_STOPPED, _PRUNED_BEFORE = (Prune(0.8, begin_step=5, end_step=end, frequency=4) for end in (25, 17))
+
+
+# Each optimizer, experiment and kind of layer in each Keras; half precision is pruned, since masks change kernels then.
+@pytest.mark.parametrize(
+    ("library", "optimizer", "experiment", "policy", "layers"),
+    [
+        ("tf_keras", "momentum", _PRUNED_WHILE_IT_STOPPED, "mixed_bfloat16", []),
+        ("tf_keras", "sgd", Scratch(0.7), "float32", ["BatchNormalization"]),
+        ("tf_keras", "adam", _PRUNED_WHILE_IT_STOPPED, "mixed_float16", []),
+        ("tf_keras", "rmsprop", _PRUNED_BEFORE, "bfloat16", []),
+        ("keras", "momentum", _PRUNED_BEFORE, "mixed_float16", []),
+        ("keras", "sgd", _PRUNED_WHILE_IT_STOPPED, "bfloat16", []),
+        # Of dropout, Keras 2 does not give away the random state.
+        ("keras", "adam", Scratch(0.7), "float32", ["BatchNormalization", "Dropout"]),
+        ("keras", "rmsprop", _PRUNED_WHILE_IT_STOPPED, "mixed_bfloat16", []),
+    ],
+)
+def test_a_run_that_stopped_goes_on_to_the_same_weights_and_metrics(
+    data, tmp_path, library, optimizer, experiment, policy, layers
+):
+    """Statistics and random states go on too; kernels of half precision are never rounded by an evaluation."""
+
+    def network(input_shape, classes):
+        keras = compat.library(library)
+        L = keras.layers
+        dtype = keras.mixed_precision.Policy(policy) if library == "tf_keras" else policy
+        more = {"BatchNormalization": L.BatchNormalization, "Dropout": lambda: L.Dropout(0.5, seed=2)}
+        return keras.Sequential(
+            [
+                L.Input(input_shape),
+                L.Flatten(),
+                L.Dense(20, "relu", dtype=dtype, kernel_initializer=SparseHeNormal(seed=1)),
+                *(more[name]() for name in layers),
+                L.Dense(classes, dtype="float32", kernel_initializer=SparseHeNormal(seed=2)),
+            ]
+        )
+
+    # Keras 2 takes no norm over variables of several dtypes.
+    clip_norm = None if policy == "bfloat16" else 0.5
+    job = {"model": network, "experiment": experiment, "optimizer": optimizer, "weight_decay": 0.01}
+    job["clip_norm"] = clip_norm
+    whole, copies = _run_and_copies(data, tmp_path, **job)
+    assert checkpoints.last(copies[30]).name == "step-000000020.npz"
+    resumed = _go_on(data, copies[30], **job)
     for weight, expected in zip(resumed.model.get_weights(), whole.model.get_weights(), strict=True):
         np.testing.assert_array_equal(weight, expected)
     assert rows_of(resumed.directory / "metrics.csv") == rows_of(whole.directory / "metrics.csv")
@@ -62,98 +129,42 @@ def _check_resumed(data, directory, monkeypatch, experiment, network=small_netwo
         assert resumed.summary[name] == whole.summary[name]
 
 
-@pytest.mark.parametrize("keras", ["tf_keras", "keras"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_run_that_stopped_goes_on_to_the_same_weights_and_metrics(data, tmp_path, monkeypatch, optimizer, keras):
-    settings = {"optimizer": optimizer, "weight_decay": 0.01, "clip_norm": 0.5, "keras": keras}
-    _check_resumed(data, tmp_path, monkeypatch, Scratch(0.7), **settings)
+def test_of_many_checkpoints_the_first_and_the_newest_two_are_kept(whole):
+    names = sorted(path.name for path in (whole.directory / "checkpoints").iterdir())
+    assert names == [f"step-{step:09d}.npz" for step in (0, 40, 50)]
 
 
-@pytest.mark.parametrize("keras", ["tf_keras", "keras"])
-@pytest.mark.parametrize("end_step", [37, 45])
-def test_a_run_that_stopped_while_it_pruned_or_after_goes_on_to_the_same(data, tmp_path, monkeypatch, end_step, keras):
-    experiment = Prune(0.8, begin_step=5, end_step=end_step, frequency=4)
-    _check_resumed(data, tmp_path, monkeypatch, experiment, keras=keras)
-
-
-@pytest.mark.parametrize("keras", ["tf_keras", "keras"])
-def test_batch_normalization_goes_on_with_its_statistics(data, tmp_path, monkeypatch, keras):
-    def network(input_shape, classes, keras):
-        return mlp(input_shape, classes, hidden_sizes=(20, 10), batch_norm=True, seed=0, keras=keras)
-
-    _check_resumed(data, tmp_path, monkeypatch, Scratch(0.7), network, keras=keras)
-
-
-@pytest.mark.parametrize("keras", ["tf_keras", "keras"])
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
-def test_half_precision_goes_on_to_the_same(data, tmp_path, monkeypatch, policy, keras):
-    """Kernels are never rounded by an evaluation, and half-precision weights are kept in checkpoints."""
-
-    def network(input_shape, classes):
-        library = compat.library(keras)
-        layers = library.layers
-        dtype = library.mixed_precision.Policy(policy) if keras == "tf_keras" else policy
-        hidden = layers.Dense(20, "relu", dtype=dtype, kernel_initializer=SparseHeNormal(seed=1))
-        last = layers.Dense(classes, dtype="float32", kernel_initializer=SparseHeNormal(seed=2))
-        return library.Sequential([layers.Input(input_shape), layers.Flatten(), hidden, last])
-
-    _check_resumed(data, tmp_path, monkeypatch, Prune(0.8, begin_step=5, end_step=45, frequency=4), network)
-
-
-def test_dropout_of_keras_3_goes_on_with_its_random_state(data, tmp_path, monkeypatch):
-    def network(input_shape, classes):
-        layers = keras.layers
-        last = layers.Dense(classes, kernel_initializer=SparseHeNormal(seed=1))
-        return keras.Sequential([layers.Input(input_shape), layers.Flatten(), layers.Dropout(0.5, seed=2), last])
-
-    _check_resumed(data, tmp_path, monkeypatch, Dense(), network)
-
-
-def test_of_many_checkpoints_the_first_and_the_newest_two_are_kept(data, tmp_path):
-    run = _go_on(data, tmp_path)
-    names = sorted(path.name for path in (run.directory / "checkpoints").iterdir())
-    assert names == [f"step-{step:09d}.npz" for step in (0, 80, 90)]
-
-
-def test_a_run_is_not_resumed_in_the_other_keras(data, tmp_path, monkeypatch):
-    _stopped(data, tmp_path, monkeypatch, 50)
+def test_a_run_is_not_resumed_in_the_other_keras(data, killed):
     with pytest.raises(FileExistsError, match="differ in keras, weights: 'tf_keras' there, 'keras' now"):
-        _go_on(data, tmp_path, keras="keras")
+        _go_on(data, killed, keras="keras")
 
 
-def test_a_run_that_stopped_after_its_last_step_is_only_finished(result, data, tmp_path, monkeypatch):
+def test_a_run_that_stopped_after_its_last_step_is_only_finished(whole, data, tmp_path, monkeypatch):
+    stopped = shutil.copytree(whole.directory, tmp_path / "stopped")
+    (stopped / "summary.json").unlink()  # It is written last.
     with monkeypatch.context() as patch:
-        patch.setattr("keras_sparse_init.training.run_dir.write_summary", lambda *_: exec("raise Stopped", globals()))
-        with pytest.raises(Stopped):
-            train(small_network, data, Scratch(0.7), output_dir=tmp_path, **small_settings())
-    finished = train(small_network, data, Scratch(0.7), output_dir=tmp_path, **small_settings())
-    for weight, expected in zip(finished.model.get_weights(), result.model.get_weights(), strict=True):
+        patch.setattr(Progress, "on_step", lambda *_: pytest.fail("a step was made"))
+        finished = _go_on(data, stopped)
+    for weight, expected in zip(finished.model.get_weights(), whole.model.get_weights(), strict=True):
         np.testing.assert_array_equal(weight, expected)
-    assert finished.summary["loss"] == result.summary["loss"]
+    assert finished.summary["loss"] == whole.summary["loss"]
 
 
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"settings": {"learning_rate": 0.2}}, "learning_rate"),
-        ({"settings": {"seed": 4}}, "masks, seed"),
+        ({"learning_rate": 0.2}, "learning_rate"),
+        ({"seed": 4}, "masks, seed"),
         ({"experiment": Scratch(0.6)}, "masks"),
         ({"model": lambda shape, classes: mlp(shape, classes, (20, 11))}, "weights"),
         ({"data": make_data("columns", *[np.ones((9, 6, 6, 1), np.float32), np.arange(9) % 3] * 2)}, "data_digest"),
     ],
 )
-def test_an_unfinished_run_of_another_job_is_refused_and_left_alone(data, tmp_path, monkeypatch, changes, name):
-    with monkeypatch.context() as patch:
-        _stop_at(patch, 20)
-        with pytest.raises(Stopped):
-            train(small_network, data, Scratch(0.7), output_dir=tmp_path, **small_settings())
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    job = {"model": small_network, "data": data, "experiment": Scratch(0.7)} | {
-        key: value for key, value in changes.items() if key != "settings"
-    }
+def test_an_unfinished_run_of_another_job_is_refused_and_left_alone(data, killed, changes, name):
+    before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
     with pytest.raises(FileExistsError, match=f"another configuration.*differ in .*{name}"):
-        train(**job, output_dir=tmp_path, **small_settings(**changes.get("settings", {})))
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        _go_on(**{"data": data} | changes, directory=killed)
+    assert before == {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
 
 
 def test_a_finished_run_is_refused(result, data):
@@ -172,26 +183,23 @@ def test_the_checkpoints_of_the_beginning_and_the_end_are_kept(result, data):
             np.testing.assert_array_equal(archive[f"model/{number}"], variable)
 
 
-def test_rows_outlive_a_second_stop_and_whatever_becomes_of_the_file(data, tmp_path, monkeypatch):
-    whole = _go_on(data, tmp_path / "whole")
-    stopped = tmp_path / "stopped"
-    _stopped(data, stopped, monkeypatch, 50)
+def test_rows_outlive_a_second_stop_and_whatever_becomes_of_the_file(whole, killed, data, monkeypatch):
     on_disk = []
     with monkeypatch.context() as patch:
 
         def die(self, step, logs):
-            on_disk.append((stopped / "metrics.csv").read_text())
+            on_disk.append((killed / "metrics.csv").read_text())
             raise Stopped
 
         patch.setattr(Progress, "on_step", die)
         with pytest.raises(Stopped):
-            _go_on(data, stopped)
-    assert [int(line.split(",")[0]) for line in on_disk[0].splitlines()[1:]] == [0, 10, 20, 30, 40]
-    for damage in (lambda path: path.unlink(), lambda path: path.write_text("step,loss\n10,0.")):
-        damage(stopped / "metrics.csv")
-        _stopped(data, stopped, monkeypatch, 70)
-    resumed = _go_on(data, stopped)
-    assert (stopped / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
+            _go_on(data, killed)
+    assert [int(line.split(",")[0]) for line in on_disk[0].splitlines()[1:]] == [0, 10, 20]
+    (killed / "metrics.csv").unlink()
+    _stopped(data, killed, monkeypatch, 50)
+    (killed / "metrics.csv").write_text("step,loss\n10,0.")
+    resumed = _go_on(data, killed)
+    assert (killed / "metrics.csv").read_text() == (whole.directory / "metrics.csv").read_text()
     assert resumed.summary["early"] == whole.summary["early"]
 
 
@@ -207,17 +215,17 @@ def test_ctrl_c_between_two_rows_keeps_the_steps_and_their_share_of_the_next_row
         assert {k: float(v) for k, v in row.items()} == pytest.approx({k: float(v) for k, v in expected.items()})
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(data, tmp_path, monkeypatch):
-    whole = _go_on(data, tmp_path / "whole")
-    _stopped(data, tmp_path / "stopped", monkeypatch, 75)
-    newest = checkpoints.last(tmp_path / "stopped")
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(run_and_copies, data, tmp_path):
+    whole, copies = run_and_copies
+    killed = shutil.copytree(copies[50], tmp_path / "killed")
+    newest = checkpoints.last(killed)
     for content in (newest.read_bytes()[:1000], b"", b"no archive"):
         newest.write_bytes(content)
         with pytest.raises(ValueError, match=f"{newest.name}' is damaged"):
-            _go_on(data, tmp_path / "stopped")
+            _go_on(data, killed)
     newest.unlink()
-    assert checkpoints.last(tmp_path / "stopped").name == "step-000000040.npz"
-    resumed = _go_on(data, tmp_path / "stopped")
+    assert checkpoints.last(killed).name == "step-000000020.npz"
+    resumed = _go_on(data, killed)
     for weight, expected in zip(resumed.model.get_weights(), whole.model.get_weights(), strict=True):
         np.testing.assert_array_equal(weight, expected)
 
@@ -237,7 +245,7 @@ def test_a_directory_that_a_killed_run_had_only_begun_is_taken(data, tmp_path):
 
 
 def test_tensorboard_shows_the_rows_of_metrics_once_after_a_stop_too(data, tmp_path, monkeypatch):
-    _stopped(data, tmp_path, monkeypatch, 50)
+    _stopped(data, tmp_path, monkeypatch, 30)
     run = _go_on(data, tmp_path)
     files = [str(path) for path in (run.directory / "tensorboard").iterdir()]
     found = {}
@@ -249,7 +257,7 @@ def test_tensorboard_shows_the_rows_of_metrics_once_after_a_stop_too(data, tmp_p
             found[event.step, value.tag] = float(tf.make_ndarray(value.tensor))
     rows = rows_of(run.directory / "metrics.csv")
     expected = {(int(row["step"]), name): float(row[name]) for row in rows for name in row if name != "step"}
-    assert found == pytest.approx(expected) and len(rows) == 10
+    assert found == pytest.approx(expected) and len(rows) == 6
 
 
 def test_two_processes_do_not_run_in_one_directory(data, tmp_path):
@@ -264,12 +272,12 @@ with run_dir.sole_use(Path(sys.argv[1])):
 """
     (tmp_path / "run").mkdir()
     directory = run_dir.claim(
-        tmp_path / "run", Job(small_network, data, Scratch(0.7), **small_settings())._identity(None)
+        tmp_path / "run", Job(small_network, data, Scratch(0.7), **small_settings(steps=1))._identity(None)
     )
     command = [sys.executable, "-c", script, str(directory)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "running\n"
         with pytest.raises(FileExistsError, match="Another process is running in the output directory"):
-            train(small_network, data, Scratch(0.7), output_dir=directory, **small_settings())
+            train(small_network, data, Scratch(0.7), output_dir=directory, **small_settings(steps=1))
         assert [path.name for path in directory.iterdir()] == ["job.json"]
-    train(small_network, data, Scratch(0.7), output_dir=directory, **small_settings())  # It is over.
+    train(small_network, data, Scratch(0.7), output_dir=directory, **small_settings(steps=1))  # It is over.
