@@ -5,10 +5,10 @@ import json
 import math
 import random
 import sys
-import types
 
 import keras
 import numpy as np
+import pandas
 import pytest
 import tf_keras
 from statistical import KURTOSIS, normal_bound
@@ -251,10 +251,9 @@ def test_to_dict_and_to_pandas_have_every_row(comparison, monkeypatch):
     assert (
         content["runs"][8]["rows"][0]["pre_activation_std"] == comparison["he_normal"].values("pre_activation_std")[0]
     )
-    frame = types.SimpleNamespace(DataFrame=lambda rows, columns: (rows, columns))
-    monkeypatch.setitem(sys.modules, "pandas", frame)
-    rows, columns = comparison.to_pandas()
-    assert rows == [dataclasses.asdict(row) for row in comparison.rows] and columns == list(COLUMNS)
+    frame = comparison.to_pandas()
+    expected = pandas.DataFrame([dataclasses.asdict(row) for row in comparison.rows], columns=list(COLUMNS))
+    pandas.testing.assert_frame_equal(frame, expected)
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="pip install pandas"):
         comparison.to_pandas()

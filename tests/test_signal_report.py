@@ -5,6 +5,7 @@ import math
 
 import keras
 import numpy as np
+import pandas
 import pytest
 
 from keras_sparse_init import Masked, measure_signal
@@ -45,7 +46,6 @@ def test_the_dict_is_what_json_keeps(report):
 
 
 def test_data_frames_have_a_row_for_each_layer_or_kernel(report):
-    pandas = pytest.importorskip("pandas")
     frame = report.to_pandas()
     assert list(frame["name"]) == [layer.name for layer in report.layers]
     assert frame["pre_std"][0] == report.layers[0].pre.std
@@ -57,7 +57,6 @@ def test_data_frames_have_a_row_for_each_layer_or_kernel(report):
 
 
 def test_the_figure_has_what_the_report_has(report, tmp_path):
-    pytest.importorskip("matplotlib")
     figure = report.plot()
     signal, gradient, zeros, cosine = figure.axes
     np.testing.assert_allclose(signal.lines[1].get_ydata(), [layer.post.std for layer in report.layers])
