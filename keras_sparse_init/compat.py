@@ -493,6 +493,11 @@ def tensors_of(nest: Any) -> list[Any]:
     return [nest] if isinstance(nest, tf.Tensor) or keras.ops.is_tensor(nest) else []
 
 
+def divides_by_replicas(loss: Any) -> bool:
+    """Whether a loss divides by the number of replicas under a strategy of `tf.distribute`, for the sum over them."""
+    return isinstance(loss, keras.losses.Loss)
+
+
 def is_floating(value: Any) -> bool:
     """Whether a tensor or array of whatever backend is one of floating numbers."""
     return "float" in str(getattr(value.dtype, "name", value.dtype))

@@ -74,11 +74,22 @@ def _of_tensorflow(model: Any, loss: Callable[[Any, Any], Any], variables: list[
 
     plain = [variable if isinstance(variable, tf.Variable) else variable.value for variable in variables]
 
-    @tf.function
-    def gradients(x: Any, y: Any) -> Any:
+    def of_replica(x: Any, y: Any) -> Any:
         with tf.GradientTape() as tape:
             value = loss(y, model(x, training=False))
         return [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(value, plain)]
+
+    strategy = getattr(model, "distribute_strategy", None)
+    several = strategy is not None and strategy.num_replicas_in_sync > 1
+
+    @tf.function
+    def gradients(x: Any, y: Any) -> Any:
+        if not several:
+            return of_replica(x, y)
+        # Every replica has the same weights, and gets all of the data.
+        reduction = tf.distribute.ReduceOp.SUM if compat.divides_by_replicas(loss) else tf.distribute.ReduceOp.MEAN
+        found = strategy.run(of_replica, (x, y))
+        return [None if g is None else strategy.reduce(reduction, g, axis=None) for g in found]
 
     return lambda x, y: gradients(tf.convert_to_tensor(x), tf.convert_to_tensor(y))
 

@@ -145,7 +145,8 @@ def _of_tensorflow(model: Any, kernels: list[Any], loss: Any) -> Any:
     if strategy is None or strategy.num_replicas_in_sync == 1:
         return run
     # The loss of `compile` is divided by the number of replicas.
-    reduction = tf.distribute.ReduceOp.SUM if loss is None else tf.distribute.ReduceOp.MEAN
+    divided = loss is None or compat.divides_by_replicas(loss)
+    reduction = tf.distribute.ReduceOp.SUM if divided else tf.distribute.ReduceOp.MEAN
 
     def reduced(*batch: Any) -> Any:
         return [strategy.reduce(reduction, array, axis=None) for array in strategy.run(run, batch)]

@@ -43,7 +43,9 @@ class Fit:
         self._loss = library.losses.SparseCategoricalCrossentropy(from_logits=True)
         # Between executions only can such a callback change masks, and it is to do so at the steps of its schedule.
         exact = any(isinstance(callback, MaskCallback) for callback in callbacks)
-        self._per_execution = 1 if exact else min(_STEPS_PER_EXECUTION, settings["log_every"])
+        # Keras 3 does not run several steps in one execution on several devices: TensorFlow misses a placeholder.
+        single = exact or (settings.get("replicas", 1) > 1 and settings["keras"] == "keras")
+        self._per_execution = 1 if single else min(_STEPS_PER_EXECUTION, settings["log_every"])
         model.compile(
             optimizer=make_optimizer(
                 settings["optimizer"], variables=model.trainable_variables, **{name: settings[name] for name in names}

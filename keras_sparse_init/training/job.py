@@ -13,7 +13,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -65,6 +65,10 @@ class Job:
         keras: "tf_keras": masks in the wrappers of tfmot, which prunes. "keras": Keras 3 on the backend that it is
             configured for, masks in `Masked` layers, pruned by `MagnitudePruning`. None: that of the model; of a
             function that takes either, tf_keras.
+        strategy: "mirrored" trains on all GPUs of this machine, or all of its logical CPU devices where it has none,
+            each with its part of every batch. None trains on one, or as the scope of a `tf.distribute.MirroredStrategy`
+            says in which job and model are made and run. Masks and weights are the same on all; the results are those
+            of one device up to rounding.
 
     Raises:
         ValueError: When an argument is out of its range, or model and data do not fit together.
@@ -95,6 +99,7 @@ class Job:
         log_every: int = 100,
         checkpoint_every: int = 500,
         keras: Library | None = None,
+        strategy: Literal["mirrored"] | None = None,
     ) -> None:
         counts = {"steps": steps, "batch": batch, "log_every": log_every, "checkpoint_every": checkpoint_every}
         for name, value in counts.items():
@@ -109,6 +114,8 @@ class Job:
         _check(valid, "clip_norm", clip_norm, "a positive number or None")
         if keras is not None:
             check_choice("keras", keras, LIBRARIES)
+        if strategy is not None:
+            check_choice("strategy", strategy, ("mirrored",))
         self.data = data if isinstance(data, Data) else load_data(data)
         self.experiment = Scratch(sparsity=0.95) if experiment is None else experiment
         if isinstance(experiment, type) or not all(hasattr(self.experiment, name) for name in _METHODS):
@@ -123,18 +130,25 @@ class Job:
             "seed": int(seed),
         }
         from keras_sparse_init import compat
+        from keras_sparse_init.training.distribution import Devices
 
-        network = _network(model, self.data, keras)
-        _check_fit(network, self.data)
-        self.settings |= {"keras": compat.library_of(network).__name__, "backend": compat.backend_of(network)}
-        self.network, self.directory, self._has_run = _name(network, model), None, False
-        self._architecture = {
-            "weight_norm": _weight_norm(network),
-            "parameters": network.count_params(),
-            "architecture": _architecture(network),
-        }
-        asked = {name: self.settings[name] for name in ("seed", "steps")}
-        self.model = self.experiment.prepare(network, **asked, data=self.data)
+        self._devices = Devices(strategy)
+        replicas = self._devices.replicas
+        if replicas > 1:
+            self.settings["replicas"] = replicas
+            _check(batch % replicas == 0, "batch", batch, f"a multiple of the number of devices, {replicas}")
+        with self._devices.scope():
+            network = _network(model, self.data, keras)
+            _check_fit(network, self.data)
+            self.settings |= {"keras": compat.library_of(network).__name__, "backend": compat.backend_of(network)}
+            self.network, self.directory, self._has_run = _name(network, model), None, False
+            self._architecture = {
+                "weight_norm": _weight_norm(network),
+                "parameters": network.count_params(),
+                "architecture": _architecture(network),
+            }
+            asked = {name: self.settings[name] for name in ("seed", "steps")}
+            self.model = self.experiment.prepare(network, **asked, data=self.data)
 
     def table(self) -> Any:
         """The `SparsityTable` of the model as it is now; of all kernels, full ones, when none is masked."""
@@ -212,7 +226,8 @@ class Job:
             if config is not None:
                 (directory / "operative_config.gin").write_text(config, encoding="utf-8")
             self._has_run = True
-            return self._finish(directory)
+            with self._devices.scope():
+                return self._finish(directory)
 
     def _finish(self, directory: Path) -> TrainResult:
         """Makes the steps that are left, and writes what stands at the end."""
