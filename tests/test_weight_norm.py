@@ -435,7 +435,7 @@ def test_inside_other_layers_and_shared(library):
     shared = WeightNorm(layers.Dense(4))
     a, b = library.Input((3, 4)), library.Input((3, 4))
     both = layers.Concatenate()([layers.TimeDistributed(shared)(a), shared(b)])
-    model = library.Model([a, b], WeightNorm(layers.Bidirectional(layers.LSTM(2)))(both))
+    model = library.Model([a, b], WeightNorm(layers.Bidirectional(layers.SimpleRNN(2)))(both))
     assert len(model.trainable_weights) == 3 + 6 + 4
     x = [data(2, 3, 4), data(2, 3, 4, seed=1)]
     before = predicted(model, x)
