@@ -325,10 +325,16 @@ def test_a_config_does_what_its_header_says(name, tickets):
     make_job([find_config(name)], [*arguments.gin_bindings, *needed])
 
 
-# Each network and each experiment in both.
+_EXPERIMENTS = sorted({name.split("/")[1] for name in _CONFIGS})
+
+
+# Each experiment in both, and each network.
 @pytest.mark.parametrize(
     ("name", "keras"),
-    [(name, ("tf_keras", "keras")[(i + name.startswith("mlp")) % 2]) for i, name in enumerate(_CONFIGS)],
+    [
+        (name, ("tf_keras", "keras")[(_EXPERIMENTS.index(name.split("/")[1]) + name.startswith("mlp")) % 2])
+        for name in _CONFIGS
+    ],
 )
 def test_every_config_runs_in_either_keras(name, keras, tickets, tmp_path, capsys):
     bindings = [f"train.keras='{keras}'", "STEPS=4", *tickets.get(name, [])]

@@ -171,9 +171,11 @@ def test_networks_with_normalized_weights_are_pruned_and_saved_plain(data, tmp_p
             np.testing.assert_allclose(np.linalg.norm(kernel, axis=0)[mask.any(axis=0)], 1, rtol=1e-4)
     predicted = np.asarray(saved(data.x_test)).argmax(axis=1)
     assert np.mean(predicted == data.y_test) == pytest.approx(pruned.summary["test_accuracy"])
-    settings["steps"] = 2
-    ticket = train(network, data, Lottery(pruned.directory), output_dir=tmp_path / "ticket", **settings)
-    assert all(map(np.array_equal, _masks(ticket).values(), _masks(pruned).values()))
+    job = Job(network, data, Lottery(pruned.directory), **settings | {"steps": 2})
+    masks = {kernel.seed_name: kernel.mask_value() for kernel in masked_kernels(job.model)}
+    if weight_norm == "reparam":  # A constraint makes no difference to what the masks are in.
+        masks = _masks(job.run(tmp_path / "ticket"))
+    assert all(map(np.array_equal, masks.values(), _masks(pruned).values()))
 
 
 @pytest.mark.parametrize("keras", ["tf_keras", "keras"])

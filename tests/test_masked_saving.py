@@ -115,7 +115,8 @@ def test_a_trained_model_comes_back_with_its_optimizer_and_trains_on_alike(model
     if (library, name) == (keras, "model.h5"):
         # Keras 3 has given the optimizer no variables, for plain models as well.
         loaded.compile("adam", "mse")
-    loaded.run_eagerly = name == "model.h5"  # To trace takes seconds.
+    # To trace takes seconds.
+    loaded.run_eagerly = (library, name) not in ((keras, "model.keras"), (tf_keras, "saved_model"))
     loaded.fit(X, Y, verbose=0)
     changed = []
     for (old_kernel, old_mask), (kernel, mask) in zip(before, weights_and_masks(loaded), strict=True):

@@ -28,8 +28,9 @@ from keras_sparse_init import (
     strip,
 )
 
-either_keras = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
-either_order = pytest.mark.parametrize("order", ["Masked(WeightNorm)", "WeightNorm(Masked)"])
+LIBRARIES, ORDERS = [keras, tf_keras], ["Masked(WeightNorm)", "WeightNorm(Masked)"]
+either_keras = pytest.mark.parametrize("library", LIBRARIES, ids=["keras", "tf_keras"])
+either_order = pytest.mark.parametrize("order", ORDERS)
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +78,12 @@ def test_the_norm_is_that_of_the_active_weights_whatever_is_off_the_mask(library
     assert any(value is layer.kernel for value in vars(layer).values())
 
 
-@either_keras
-@either_order
-@pytest.mark.parametrize("name", CASES)
+# Every layer in both Kerases and in both orders.
+@pytest.mark.parametrize(
+    ("library", "order", "name"),
+    [(library, ORDERS[(i + j) % 2], name) for i, name in enumerate(CASES) for j, library in enumerate(LIBRARIES)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_both_orders_run_on_every_layer_and_give_the_folded_outputs(library, order, name):
     args, kwargs = arguments(library, name)
     model = both(order, CASES[name][0](library.layers), sparsity=0.5, seed=1)
@@ -113,9 +117,11 @@ def network(library, order, built=True):
     )
 
 
-@either_keras
-@either_order
-@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize(
+    ("library", "order", "built"),
+    [(keras, ORDERS[0], True), (keras, ORDERS[1], False), (tf_keras, ORDERS[1], True), (tf_keras, ORDERS[0], False)],
+    ids=lambda value: getattr(value, "__name__", None),
+)
 def test_training_keeps_weights_off_the_mask_at_0(library, order, built):
     model = network(library, order, built)
     x, y = data(8, 6, 4), data(8, 4)
