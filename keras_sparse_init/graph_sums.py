@@ -28,6 +28,20 @@ class _Tensor(NamedTuple):
     error: NotSeenError | None = None
 
 
+class _Layout(NamedTuple):
+    """What is where in the results of a trace.
+
+    Attributes:
+        tensors: Of each value.
+        gradients: The row of each gradient, None for none.
+        outputs: The numbers of the values that are outputs.
+    """
+
+    tensors: list[_Tensor]
+    gradients: list[int | None]
+    outputs: list[int]
+
+
 class GraphSums:
     """Sums tensors of a pass when it is traced, and finds the results in what it returns when it runs.
 
@@ -35,9 +49,8 @@ class GraphSums:
     """
 
     def __init__(self) -> None:
-        self._tensors: list[_Tensor] = []
-        self._gradients: list[int | None] = []
-        self._outputs: list[int] = []
+        # By the number of samples: each has its trace, and what can be summed depends on it.
+        self._layouts: dict[int, _Layout] = {}
 
     def pack(
         self, count: int, places: list[Place], values: list[Any], gradients: list[Any], outputs: list[Any]
@@ -53,7 +66,9 @@ class GraphSums:
             if compat.is_floating(output) and id(output) not in numbers:
                 numbers[id(output)] = len(values)
                 values.append(output)
-        self._outputs = [numbers[id(output)] for output in outputs if compat.is_floating(output)]
+        layout = self._layouts[count] = _Layout(
+            [], [], [numbers[id(output)] for output in outputs if compat.is_floating(output)]
+        )
         first = {place.post if place.pre is None else place.pre for place in places}
         with_zeros = {place.post for place in places if has_zeros(place)}
         found: dict[str, list[Any]] = {name: [] for name in ("sums", "squares", "lengths", "directions", "zeros")}
@@ -64,12 +79,11 @@ class GraphSums:
             start, ends[name] = ends[name], ends[name] + row.shape[-1]
             return slice(start, ends[name])
 
-        self._tensors = []
         for i, value in enumerate(values):
             try:
                 shape, matrix = _matrix(value, count)
             except NotSeenError as error:
-                self._tensors.append(_Tensor(error=error))
+                layout.tensors.append(_Tensor(error=error))
                 continue
             # Products with ones: BLAS sums columns several times as fast as TensorFlow's reductions.
             ones = tf.ones((1, count))
@@ -85,13 +99,13 @@ class GraphSums:
                 directions = append("directions", tf.math.divide_no_nan(1.0, length) @ matrix)
             if i in with_zeros:
                 zeros = append("zeros", ones @ tf.cast(tf.equal(matrix, 0.0), tf.float32))
-            self._tensors.append(_Tensor(shape, columns, lengths, directions, zeros))
+            layout.tensors.append(_Tensor(shape, columns, lengths, directions, zeros))
 
         packed = {name: tf.concat(rows, axis=1)[0] if rows else tf.zeros((0,)) for name, rows in found.items()}
         packed["lengths"] = tf.reshape(packed["lengths"], (-1, count))
-        self._gradients, rows = [], []
+        rows: list[Any] = []
         for gradient in gradients:
-            self._gradients.append(None if gradient is None else len(rows))
+            layout.gradients.append(None if gradient is None else len(rows))
             if gradient is not None:
                 if not gradient.shape.is_fully_defined() or gradient.dtype == tf.float64:
                     raise UnfitError
@@ -110,8 +124,9 @@ class GraphSums:
         """
         arrays = {name: tensor.numpy() for name, tensor in packed.items()}
         lengths, count = arrays["lengths"], arrays["lengths"].shape[1]
+        layout = self._layouts[count]
         mean, squares = arrays["sums"].astype(np.float64) / count, arrays["squares"].astype(np.float64)
-        seen = [tensor for tensor in self._tensors if tensor.error is None]
+        seen = [tensor for tensor in layout.tensors if tensor.error is None]
         size, total, flow = arrays["gradients"].astype(np.float64).T
         with np.errstate(all="ignore"):
             # What is 0 here may be too small for float32, and what is not finite too large.
@@ -125,7 +140,7 @@ class GraphSums:
             if not (fit and is_kept(squares, count, mean).all() and is_kept(flow, size, mean_of_gradient).all()):
                 raise UnfitError
         parts: list[Any] = []
-        for tensor in self._tensors:
+        for tensor in layout.tensors:
             if tensor.error is not None:
                 parts.append(tensor.error)
                 continue
@@ -138,9 +153,9 @@ class GraphSums:
             parts.append(Parts(tensor.sample_shape, moments, directions, zeros))
         found = [
             None if row is None else Moments(int(size[row]), mean_of_gradient[row : row + 1], flow[row : row + 1])
-            for row in self._gradients
+            for row in layout.gradients
         ]
-        outputs = [parts[i] for i in self._outputs]
+        outputs = [parts[i] for i in layout.outputs]
         for output in outputs:
             if isinstance(output, NotSeenError):
                 raise output

@@ -74,13 +74,11 @@ class LayerSums:
         """Those of the samples of both.
 
         Raises:
-            ValueError: When a sample has another shape in each.
+            NotSeenError: When a sample has another shape in each: then the values are not those of samples.
         """
         if (self.pre_shape, self.post_shape) != (other.pre_shape, other.post_shape):
-            raise ValueError(
-                f"The samples of {self.layer.name!r} have the shape {self.post_shape} in one batch and "
-                f"{other.post_shape} in another. Measure with one `batch_size` for all"
-            )
+            shapes = f"{self.post_shape} in one batch and {other.post_shape} in another"
+            raise NotSeenError(f"its output has for each sample the shape {shapes}")
 
         def both(name: str) -> Any:
             first, second = getattr(self, name), getattr(other, name)

@@ -60,10 +60,17 @@ class Objective:
 
     def _output_shapes(self) -> list[tuple[int, ...]]:
         if self._shapes is None:
-            x, _, _ = next(self._samples.batches())
+            x, _, count = next(self._samples.batches())
             with left_as_it_is(self._model):
                 outputs = self._model(compat.tensors_for(self._model, x), training=False)
-            self._shapes = [tuple(output.shape)[1:] for output in _floating(outputs)]
+            shapes = [tuple(output.shape) for output in _floating(outputs)]
+            for shape in shapes:
+                if shape[:1] != (count,):
+                    raise ValueError(
+                        "`model` must put out arrays whose first axis is that of the samples. Received: an output of "
+                        f"shape {shape} for {count} samples"
+                    )
+            self._shapes = [shape[1:] for shape in shapes]
             if not self._shapes:
                 raise ValueError(f"`model` must put out floating numbers. Received: outputs {outputs}")
         return self._shapes

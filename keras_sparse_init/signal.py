@@ -153,10 +153,9 @@ class Signals:
                 for seen in result.seen:
                     try:
                         sums = LayerSums.of(seen, count, factor, cache)
+                        layers[seen.name] = layers[seen.name].merged(sums) if seen.name in layers else sums
                     except NotSeenError as error:
                         not_seen[seen.name] = str(error)
-                        continue
-                    layers[seen.name] = layers[seen.name].merged(sums) if seen.name in layers else sums
                 for i, gradient in enumerate(result.kernel_gradients):
                     if gradient is not None:
                         gradients[i] = real(gradient) if gradients[i] is None else gradients[i] + real(gradient)
@@ -164,6 +163,8 @@ class Signals:
                     values.append(singular_values(self._model, x, self._training))
                 found = moments_of(result.outputs, count)
                 outputs = [a.merged(b) for a, b in zip(outputs, found, strict=True)] if outputs else found
+        # What only looked like values of samples for some batch: of one sample, say.
+        layers = {name: sums for name, sums in layers.items() if name not in not_seen}
         # Each output counts by its entries.
         whole = Moments(
             self._count,

@@ -16,6 +16,8 @@ OBJECTIVES = ("fraction", "zeros", "margin")
 
 # A unit varies on the samples when its pre-activations do by more than what rounding leaves of a constant.
 _CONSTANT = 1e-6
+# Pre-activations of equal samples differ by that part of the largest, when they are computed in float32.
+_TIE = 4 * float(np.finfo(np.float32).eps)
 
 
 def varies(z: np.ndarray) -> np.ndarray:
@@ -35,7 +37,8 @@ def quantile_bias(z: np.ndarray, on_fraction: float) -> np.ndarray:
 
     b_j = -quantile_{1-p}(z_j), so that P(z_j + b_j > 0) = p, rounded to whole samples.
 
-    The quantile lies halfway between two samples, so that none is on the edge.
+    The quantile lies halfway between two samples, so that none is on the edge. Samples with the same pre-activation
+    are on or off together: then p is the nearest that there is.
 
     Args:
         z: Pre-activations without bias, of shape (samples, units).
@@ -55,12 +58,20 @@ def quantile_bias(z: np.ndarray, on_fraction: float) -> np.ndarray:
 
 
 def _quantile(z: np.ndarray, part: float) -> np.ndarray:
-    """Halfway between the largest of a part of the samples and the next; beyond them all where there is none."""
+    """Halfway between the largest of a part of the samples and the next; beyond them all where there is none.
+
+    Where these two are the same, to float32, the nearest place between two that are not: with samples on either side.
+    """
     ordered = np.sort(z, axis=0)
-    below = int(np.floor(part * len(z) + 0.5))
     step = (ordered[-1] - ordered[0]) / len(z)
     ordered = np.concatenate([ordered[:1] - step, ordered, ordered[-1:] + step])
-    return 0.5 * (ordered[below] + ordered[below + 1])
+    differ = np.diff(ordered, axis=0) > _TIE * np.abs(z).max(axis=0)
+    wanted = int(np.floor(part * len(z) + 0.5))
+    distance = np.abs(np.arange(len(differ)) - wanted)[:, None]
+    if 0 < wanted < len(z):
+        differ[[0, -1]] = False
+    below = np.where(differ, distance, distance + len(differ)).argmin(axis=0)[None]
+    return 0.5 * (np.take_along_axis(ordered, below, axis=0) + np.take_along_axis(ordered, below + 1, axis=0))[0]
 
 
 def wanted_signs(z: np.ndarray, objective: Objective, on_fraction: float) -> np.ndarray:

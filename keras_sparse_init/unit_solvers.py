@@ -93,8 +93,8 @@ def solve_pdhg(
 class _Run:
     """Iterates of some units: of u, v and of multipliers y in [0, 1]; their sums since each unit's last restart."""
 
-    def __init__(self, programs: UnitPrograms, norm: np.ndarray):
-        self.programs, self.norm = programs, norm
+    def __init__(self, programs: UnitPrograms, norm: np.ndarray, reach: np.ndarray):
+        self.programs, self.norm, self.reach = programs, norm, reach
         unmet = (programs.signs * programs.start < 1.0).astype(float)
         self.point = [np.zeros_like(programs.kernel), np.zeros(programs.units), unmet]
         self.origin = [part.copy() for part in self.point]
@@ -106,10 +106,11 @@ class _Run:
 
     @classmethod
     def start(cls, programs: UnitPrograms) -> _Run:
-        return cls(programs, _norm(programs))
+        reach = _reach(programs)
+        return cls(programs, _norm(programs, reach), reach)
 
     def subset(self, units: np.ndarray) -> _Run:
-        other = _Run(self.programs.subset(np.flatnonzero(units)), self.norm[units])
+        other = _Run(self.programs.subset(np.flatnonzero(units)), self.norm[units], self.reach[units])
         for name in ("point", "origin", "sums"):
             setattr(other, name, [part[..., units] for part in getattr(self, name)])
         for name in ("steps", "gap", "balance", "multiplier"):
@@ -123,7 +124,7 @@ class _Run:
         new_u, self.multiplier = _proximal(
             u + primal * gradient, programs.direction, programs.box, primal * programs.stay, self.multiplier
         )
-        new_v = np.clip(v + primal * bias_gradient, -programs.bias_box, programs.bias_box)
+        new_v = np.clip(v + primal * self.reach**2 * bias_gradient, -programs.bias_box, programs.bias_box)
         ahead = programs.forward(2.0 * new_u - u, 2.0 * new_v - v)
         new_y = np.clip(y + dual * (1.0 - programs.signs * (programs.start + ahead)), 0.0, 1.0)
         self.point = [new_u, new_v, new_y]
@@ -149,7 +150,7 @@ class _Run:
 
     def _restart(self, due: np.ndarray, chosen: list[np.ndarray], gap: np.ndarray) -> None:
         moved = [np.where(due, new - old, 0.0) for new, old in zip(chosen, self.origin, strict=True)]
-        primal = np.sqrt((moved[0] ** 2).sum(axis=0) + moved[1] ** 2)
+        primal = np.sqrt((moved[0] ** 2).sum(axis=0) + (moved[1] / self.reach) ** 2)
         dual = np.sqrt((moved[2] ** 2).mean(axis=0))
         known = (primal > 1e-10) & (dual > 1e-10)
         # Both move as far in a step as they have to: half way, in logarithms, from the balance before.
@@ -162,16 +163,29 @@ class _Run:
         self.gap = np.where(due, gap, self.gap)
 
 
-def _norm(programs: UnitPrograms) -> np.ndarray:
-    """The norm of `forward` for each unit, over the root of the number of samples, from above: power iteration."""
+def _norm(programs: UnitPrograms, reach: np.ndarray) -> np.ndarray:
+    """The norm of `forward` for each unit, with v in units of `reach`, over the root of the number of samples.
+
+    From above, by power iteration.
+    """
     # A start that is no unit's eigenvector: the gradient of all samples, with the bias.
     u, v = programs.backward(np.ones_like(programs.start))
     u = u + (programs.box > 0) * np.linspace(0.5, 1.0, len(u))[:, None] / np.sqrt(len(u))
     v, value = v + 1.0, np.ones(programs.units)
     for _ in range(20):
         value = np.sqrt((u**2).sum(axis=0) + v**2)
-        u, v = programs.backward(programs.forward(u / value, v / value))
+        u, v = programs.backward(programs.forward(u / value, reach * v / value))
+        v = reach * v
     return 1.02 * np.sqrt(np.sqrt((u**2).sum(axis=0) + v**2))
+
+
+def _reach(programs: UnitPrograms) -> np.ndarray:
+    """In what units v is as u: half of what all weights of a unit, each s0, add to pre-activations, in m.
+
+    With a small margin a bias goes far, in m. The half is 1 for a margin of 0.5, for which the rest was tried out.
+    """
+    size = np.sqrt((programs.box > 0).T @ (programs.features**2).mean(axis=0)) * programs.weight_scale / programs.margin
+    return np.where(size > 0, 0.5 * size, 1.0)
 
 
 def _proximal(

@@ -299,6 +299,17 @@ def test_bad_arguments_are_named(library):
     ):
         with pytest.raises(ValueError, match=message):
             measure_signal(*arguments, **options)
+
+    class Total(library.Model):
+        def call(self, x):
+            return x[0]
+
+    total = Total()
+    total(_X)
+    with pytest.raises(
+        ValueError, match=r"first axis is that of the samples. Received: an output of shape \(6,\) for 40"
+    ):
+        measure_signal(total, _X)
     with pytest.raises(TypeError, match="Expected a layer or model"):
         measure_signal(5, _X)
     with pytest.raises(KeyError, match="No layer 'c' has been seen"):

@@ -164,3 +164,25 @@ def test_what_float32_has_no_room_for_is_summed_by_numpy(library):
         found, expected = _flat(signals.measure()), _flat(measure_signal(model, _X, _Y, "mse"))
         assert found == {k: pytest.approx(v, nan_ok=True) if isinstance(v, float) else v for k, v in expected.items()}
         assert len(signals._probes) == 1
+
+
+@pytest.mark.parametrize("batch_size", [39, 16, 3])  # The last batch has 1 sample, 8 or 1: 6 rows are as many for each.
+def test_a_layer_that_is_not_called_on_samples_is_not_seen_whatever_the_batches(batch_size):
+    """A table of positions, whose rows look like those of one sample: batches differ in what can be summed."""
+
+    class Positions(keras.layers.Layer):
+        def build(self, input_shape):
+            self.table = keras.layers.Dense(4, "relu", name="table")
+            self.table.build((6, 6))
+            self.built = True
+
+        def call(self, x):
+            return x + self.table(np.eye(6, dtype=np.float32))
+
+    L = keras.layers
+    layers = [L.Reshape((6, 1), name="column"), Positions(name="positions"), L.Flatten(name="flat"), L.Dense(1)]
+    model = keras.Sequential([L.Input((6,)), *layers])
+    signals = _assert_like_measure_signal(model, _X, _Y, "mse", batch_size=batch_size)
+    report = signals.measure()
+    assert list(report.not_seen) == ["positions/table"]
+    assert [layer.name for layer in report.layers][:3] == ["column", "positions", "flat"]

@@ -133,6 +133,14 @@ def test_a_bound_on_iterations_is_kept_and_the_gap_tells_of_it():
     np.testing.assert_array_equal(none.u, 0)
 
 
+@pytest.mark.parametrize("margin", [0.05, 5.0])
+def test_the_first_order_solver_reaches_the_optimum_of_small_and_large_margins(margin):
+    programs = UnitPrograms.of(*_random_layer(0.6), **SETTINGS | {"margin": margin})
+    solution = solve_pdhg(programs)
+    assert solution.gap <= 1e-3 and solution.iterations < 2000
+    np.testing.assert_allclose(solution.objective, solve_highs(programs).objective, atol=1.1e-3)
+
+
 def test_results_do_not_depend_on_the_scale_of_features_and_weights_or_on_the_other_units():
     features, kernel, mask, signs = _random_layer(0.6)
     programs = UnitPrograms.of(features, kernel, mask, signs, **SETTINGS)
@@ -152,6 +160,19 @@ def test_the_quantile_bias_turns_each_unit_on_for_exactly_its_part_of_the_sample
     assert len(set((z + bias > 0).sum(axis=0))) == 1
     # So that float32 does not turn one off: nowhere near the edge.
     assert np.abs(z + bias).min() > 1e-5
+
+
+def test_samples_with_equal_pre_activations_are_on_or_off_together_and_none_is_on_the_edge():
+    random = np.random.default_rng(0)
+    groups = np.array([1.0, 2.0, 4.0, 7.0])
+    z = np.repeat(groups, [30, 10, 40, 20])
+    z = (z * (1 + 1e-7 * random.standard_normal(100)))[:, None] * np.array([1.0, -1.0])
+    # On for the nearest of 70, 60, 20 samples; of 80, 40, 30 of the other unit; for all only when that is nearest.
+    for p, expected in ((0.5, (60, 40)), (0.75, (70, 80)), (0.9, (70, 80)), (0.05, (20, 30)), (0.999, (100, 100))):
+        bias = quantile_bias(z, p)
+        assert tuple((z + bias > 0).sum(axis=0)) == expected
+        assert np.abs(z + bias).min() > 0.02
+        assert tuple((wanted_signs(z, "fraction", p) > 0).sum(axis=0)) == expected
 
 
 def test_a_unit_that_is_constant_has_no_bias():
