@@ -21,7 +21,7 @@ from keras_sparse_init.arguments import (
     is_integer,
 )
 from keras_sparse_init.batches import batches
-from keras_sparse_init.calibration_report import CalibrationReport, LayerCalibration, Zeros, non_linearity
+from keras_sparse_init.calibration_report import AffineFit, CalibrationReport, LayerCalibration, Zeros
 from keras_sparse_init.rectifiers import rectifiers
 from keras_sparse_init.relu_layers import LAYOUTS, WITH_FEATURES, relu_layers
 from keras_sparse_init.relu_zeros import relu_zeros
@@ -66,8 +66,9 @@ def calibrate_init(
     with h the layer's inputs, z = w0.h, s0 = rms(w0), m = margin s0 rms||h_S|| and lambda = 0.01 m. Layer after layer
     in the order of calls, each on what those before put out by then. Calibrated are dense layers and convolutions
     (for "bias" transposed and depthwise ones too) with a bias and a ReLU: as their activation, or in the layer right
-    after. Weights off a mask are no variables and stay exactly 0. Draw the kernels first, see `reinitialize`. All calls
-    of a shared layer count together, on the inputs that they have before.
+    after. Frozen layers (`trainable=False`) stay as they are; weights off a mask are no variables and stay exactly 0.
+    Draw the kernels first, see `reinitialize`. All calls of a shared layer count together, on the inputs that they have
+    before.
 
     All units on is a trap, not a goal: such a network has the fewest zeros and is affine.
 
@@ -135,7 +136,8 @@ def calibrate_init(
     with _all_or_nothing(model) as changed:
         samples, more = _samples(x, n_samples, seed)
         layers, skipped = relu_layers(model, samples, WITH_FEATURES if method == "lp" else LAYOUTS)
-        before, linear_before = _measured(model, samples, more)
+        fit = AffineFit(_flat(more))
+        before, linear_before = _measured(model, samples, more, fit)
         done: dict[str, dict[str, Any]] = {}
         for number, layer in enumerate(layers):
             units = layer.units(model, samples, method == "lp", _PATCHES[method], derive_seed(seed, f"layer {number}"))
@@ -162,7 +164,7 @@ def calibrate_init(
         if not done:
             listed = "; ".join(f"{name} ({why})" for name, why in skipped.items())
             raise ValueError(f"`model` must have a layer with a kernel, a bias and a ReLU. Received: {listed}")
-        after, linear = _measured(model, samples, more)
+        after, linear = _measured(model, samples, more, fit)
     rows = {
         name: LayerCalibration.of(name, _of_layer(before, name), _of_layer(after, name), **done.get(name, {}))
         for name, _ in before
@@ -191,14 +193,14 @@ def _of_layer(zeros: Zeros, name: str) -> Zeros:
     return {key: value for key, value in zeros.items() if key[0] == name}
 
 
-def _measured(model: Any, samples: Any, more: Any) -> tuple[Zeros, float | None]:
+def _measured(model: Any, samples: Any, more: Any, fit: AffineFit) -> tuple[Zeros, float | None]:
     """Where ReLUs are 0 on samples, and the non-linearity on these or more."""
     found: dict[tuple[str, int], list[np.ndarray]] = {}
     for batch in relu_zeros(model, samples):
         for key, zeros in batch.items():
             found.setdefault(key, []).append(zeros)
     outputs = np.concatenate([_outputs(model, inputs) for _, inputs in batches(more, _BATCH)])
-    return {key: np.concatenate(zeros) for key, zeros in found.items()}, non_linearity(_flat(more), outputs)
+    return {key: np.concatenate(zeros) for key, zeros in found.items()}, fit.non_linearity(outputs)
 
 
 def _outputs(model: Any, inputs: Any) -> np.ndarray:

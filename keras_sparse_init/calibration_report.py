@@ -123,37 +123,48 @@ class CalibrationReport:
         return "\n".join(lines)
 
 
-def non_linearity(inputs: np.ndarray, outputs: np.ndarray) -> float | None:
-    """How much of the outputs' variance the best affine function of the inputs does not explain: 1 - R^2.
-
-    Both sums of squares are divided by their degrees of freedom (R^2 is "adjusted"): a fit explains a part of
-    anything, and with as many coefficients as samples all of it.
+class AffineFit:
+    """The best affine functions of inputs.
 
     Args:
         inputs: An array of shape (samples, ...).
-        outputs: An array of shape (samples, ...).
-
-    Returns:
-        A float, 0 for an affine function; above 1 when a constant does better. None with fewer than 1.5 samples for
-        each free coefficient, and for constant outputs.
 
     Example:
         >>> import numpy as np
-        >>> from keras_sparse_init.calibration_report import non_linearity
+        >>> from keras_sparse_init.calibration_report import AffineFit
         >>> x = np.linspace(-1, 1, 100)[:, None]
-        >>> round(non_linearity(x, 3 * x - 1), 6), round(non_linearity(x, np.maximum(x, 0)), 2)
+        >>> fit = AffineFit(x)
+        >>> round(fit.non_linearity(3 * x - 1), 6), round(fit.non_linearity(np.maximum(x, 0)), 2)
         (0.0, 0.2)
     """
-    x, y = (a.reshape(len(a), -1).astype(np.float64) for a in (inputs, outputs))
-    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
-    total = float((y**2).sum())
-    left, values, _ = np.linalg.svd(x, full_matrices=False)
-    rank = int((values > values.max(initial=0.0) * max(x.shape) * np.finfo(np.float32).eps).sum())
-    if len(x) < 1.5 * (rank + 1) or len(x) < 3 or total <= 1e-12 * float((outputs.astype(np.float64) ** 2).sum()):
-        return None
-    left = left[:, :rank]
-    residual = float(((y - left @ (left.T @ y)) ** 2).sum())
-    return residual / (len(x) - 1 - rank) / (total / (len(x) - 1))
+
+    def __init__(self, inputs: np.ndarray):
+        x = inputs.reshape(len(inputs), -1).astype(np.float64)
+        left, values, _ = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
+        rank = int((values > values.max(initial=0.0) * max(x.shape) * np.finfo(np.float32).eps).sum())
+        # Of what affine functions can be, but for constants.
+        self._basis = left[:, :rank]
+
+    def non_linearity(self, outputs: np.ndarray) -> float | None:
+        """How much of the outputs' variance the best affine function of the inputs does not explain: 1 - R^2.
+
+        Both sums of squares are divided by their degrees of freedom (R^2 is "adjusted"): a fit explains a part of
+        anything, and with as many coefficients as samples all of it.
+
+        Args:
+            outputs: An array of shape (samples, ...).
+
+        Returns:
+            A float, 0 for an affine function; above 1 when a constant does better. None with fewer than 1.5 samples for
+            each free coefficient, and for constant outputs.
+        """
+        y = outputs.reshape(len(outputs), -1).astype(np.float64)
+        size, y = float((y**2).sum()), y - y.mean(axis=0)
+        total, (samples, rank) = float((y**2).sum()), self._basis.shape
+        if samples < 1.5 * (rank + 1) or samples < 3 or total <= 1e-12 * size:
+            return None
+        residual = float(((y - self._basis @ (self._basis.T @ y)) ** 2).sum())
+        return residual / (samples - 1 - rank) / (total / (samples - 1))
 
 
 def _patterns(zeros: Zeros) -> int:

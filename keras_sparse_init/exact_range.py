@@ -14,6 +14,12 @@ from keras_sparse_init.piecewise import Affine
 # What HiGHS takes for feasible or optimal (1e-6 at most), with room: relative, since the program is scaled to order 1.
 TOLERANCE = 1e-5
 
+# What SciPy says of a program.
+_COMPLETE, _OUT_OF_TIME = 0, 1
+
+# Numbers are not scaled to order 1 beyond this power of two: nothing is lost in a division by it.
+_SMALLEST = 2.0**-1000
+
 
 def solve(network: list[Affine], box: Bounds, linear: LinearBounds, found: Extremes, deadline: float | None) -> None:
     """Improves extremes by a mixed-integer program for each end of each output, in place.
@@ -26,35 +32,60 @@ def solve(network: list[Affine], box: Bounds, linear: LinearBounds, found: Extre
         box: The lower and the upper corner.
         linear: What `crown_bounds` returned.
         found: What `attained` returned.
-        deadline: A time of `time.monotonic()`: each program gets its share of what is left then.
+        deadline: A time of `time.monotonic()`: each program gets its share of what is left then; when all have had
+            theirs, those that were stopped get what is left over, if that is longer.
     """
     close_rounding(found)
     ends = [(i, sign) for i in range(found.lower.size) for sign in (1, -1) if _open(found, i, sign)]
     if not ends or (deadline is not None and time.monotonic() >= deadline):
         return
     program = _Program(network, box, linear)
-    for number, (i, sign) in enumerate(ends):
-        seconds = None if deadline is None else (deadline - time.monotonic()) / (len(ends) - number)
-        if seconds is not None and seconds <= 0:
-            return
-        known = found.attained_upper[i] - found.attained_lower[i]
-        scale = float(_powers_of_two(max(known, 1e-6 * (found.upper[i] - found.lower[i]))))
-        bound, x, proved = program.minimum(i, sign, scale, seconds)
-        if x is not None:
-            x = np.clip(x, *box)
-            found.update(network, np.stack([x, _sharpened(network, box, linear, x)]))
-        if bound is None:
-            continue
+    # With the seconds that each has had: a program starts anew, so that only a longer run can tell more.
+    pending = [(i, sign, 0.0) for i, sign in ends]
+    while pending:
+        stopped = []
+        for number, (i, sign, had) in enumerate(pending):
+            seconds = None
+            if deadline is not None:
+                left = deadline - time.monotonic()
+                seconds = min(max(left / (len(pending) - number), 2.0 * had), left)
+                if seconds <= had:
+                    continue
+            if _open(found, i, sign) and not _improve(found, program, network, box, linear, i, sign, seconds):
+                stopped.append((i, sign, seconds))
+        pending = stopped
+
+
+def _improve(
+    found: Extremes,
+    program: _Program,
+    network: list[Affine],
+    box: Bounds,
+    linear: LinearBounds,
+    i: int,
+    sign: int,
+    seconds: float | None,
+) -> bool:
+    """Improves one end by its program; False when its time was over and more of it may help."""
+    known = found.attained_upper[i] - found.attained_lower[i]
+    scale = float(_powers_of_two(max(known, 1e-6 * (found.upper[i] - found.lower[i]))))
+    bound, x, status = program.minimum(i, sign, scale, seconds)
+    if x is not None:
+        x = np.clip(x, *box)
+        found.update(network, np.stack([x, _sharpened(network, box, linear, x)]))
+    if bound is not None:
         value = sign * (found.attained_lower if sign > 0 else found.attained_upper)[i]
         tolerance = TOLERANCE * max(scale, abs(value))
-        bound = value if proved and bound >= value - tolerance else min(bound - tolerance, value)
+        proved = status == _COMPLETE and bound >= value - tolerance
+        bound = value if proved else min(bound - tolerance, value)
         if sign > 0:
             found.lower[i] = max(found.lower[i], bound)
         else:
             found.upper[i] = min(found.upper[i], -bound)
-        # What one program finds may improve another output, by less than its tolerance.
-        np.minimum(found.lower, found.attained_lower, out=found.lower)
-        np.maximum(found.upper, found.attained_upper, out=found.upper)
+    # What one program finds may improve another output, by less than its tolerance.
+    np.minimum(found.lower, found.attained_lower, out=found.lower)
+    np.maximum(found.upper, found.attained_upper, out=found.upper)
+    return seconds is None or status != _OUT_OF_TIME
 
 
 def _sharpened(network: list[Affine], box: Bounds, linear: LinearBounds, x: np.ndarray) -> np.ndarray:
@@ -155,8 +186,8 @@ class _Program:
             places = tuple(np.concatenate([c[axis] for _, c in data]) for axis in (0, 1))
             self._matrix = sparse.csc_array((values, places), shape=(rows, columns))
 
-    def minimum(self, output: int, sign: int, scale: float, seconds: float | None) -> tuple[Any, Any, bool]:
-        """Of sign * output: a lower bound or None, an input or None, and whether the search was complete."""
+    def minimum(self, output: int, sign: int, scale: float, seconds: float | None) -> tuple[Any, Any, int]:
+        """Of sign * output: a lower bound or None, an input or None, and what SciPy says of the search."""
         from scipy import optimize
 
         size = self._bounds[0].size
@@ -174,14 +205,14 @@ class _Program:
         )
         x = None if result.x is None else result.x[: self._inputs] * self._x_scale
         bound = result.mip_dual_bound
-        if result.status == 0 and bound is None:  # Without binaries the optimum is its own bound.
+        if result.status == _COMPLETE and bound is None:  # Without binaries the optimum is its own bound.
             bound = result.fun
-        if result.status not in (0, 1) or bound is None or not np.isfinite(bound):
-            return None, x, False
+        if result.status not in (_COMPLETE, _OUT_OF_TIME) or bound is None or not np.isfinite(bound):
+            return None, x, result.status
         bound = min(bound, result.fun) if result.fun is not None else bound
-        return bound * scale + sign * self._last.bias[output], x, result.status == 0
+        return bound * scale + sign * self._last.bias[output], x, result.status
 
 
 def _powers_of_two(size: Any) -> np.ndarray:
-    """The power of two at or above each number; 1 for 0."""
-    return np.where(size > 0, 2.0 ** np.ceil(np.log2(np.where(size > 0, size, 1.0))), 1.0)
+    """The power of two at or above each number, but for the smallest; 1 for 0."""
+    return np.where(size > 0, 2.0 ** np.ceil(np.log2(np.where(size > 0, np.maximum(size, _SMALLEST), 1.0))), 1.0)

@@ -145,7 +145,8 @@ def relu_layers(model: Any, samples: Any, layouts: tuple[str, ...]) -> tuple[lis
         layouts: The kernel layouts of the layers that are wanted.
 
     Returns:
-        `(found, others)`: and the name of each other layer with a kernel, with why it is not among them.
+        `(found, others)`: and the name of each other layer with a kernel, with why it is not among them: frozen
+        ones, too.
     """
     relus = {id(layer): name for name, layer in rectifiers(model)[0]}
     wrapped = _in_other_wrappers(model)
@@ -163,6 +164,8 @@ def relu_layers(model: Any, samples: Any, layouts: tuple[str, ...]) -> tuple[lis
             others[name] = f"{type(layer).__name__}, not of the layers that are calibrated: {', '.join(layouts)}"
         elif getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None) is not None:
             others[name] = f"{type(layer).__name__}, with LoRA or quantized"
+        elif not layer.trainable:
+            others[name] = f"{type(layer).__name__}, frozen (not trainable)"
         elif layer.bias is None:
             others[name] = f"{type(layer).__name__}, no bias"
         else:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from scipy import optimize, sparse
 
+from keras_sparse_init import exact_range
 from keras_sparse_init.bounds import _Step, crown_bounds, interval_bounds
 from keras_sparse_init.exact_range import solve
-from keras_sparse_init.extremes import attained
+from keras_sparse_init.extremes import Extremes, attained
 from keras_sparse_init.piecewise import Affine, chain, forward
 
 
@@ -210,6 +211,72 @@ def test_without_time_bounds_are_certified_attained_values_inside_and_the_deadli
     assert np.all(found.lower < y.min(axis=0)) and np.all(y.max(axis=0) < found.upper)
     # The search is better than as many random inputs.
     assert np.all(found.attained_lower < y.min(axis=0)) and np.all(y.max(axis=0) < found.attained_upper)
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_bound_within_the_tolerance_of_the_solver_is_not_believed_to_the_last_digit(monkeypatch, status):
+    """A solver's bound may be above the lowest value by its tolerance: what is certified is not."""
+    network, box = random_network(0, (2, 6, 1)), (-np.ones(2), np.full(2, 1.5))
+    (low, high) = by_regions(network, box)
+    size = high - low
+
+    def minimum(self, output, sign, scale, seconds):
+        return (low if sign > 0 else -high) + 1e-6 * size, None, status
+
+    monkeypatch.setattr(exact_range._Program, "minimum", minimum)
+    linear = crown_bounds(network, *box)
+    nowhere = np.zeros((1, 2))
+    x = forward(network, nowhere)[0]
+    low_bound, high_bound = linear.bounds[-1]
+    # Nothing near the extremes is known, so that a proof cannot be taken for one of what is attained.
+    found = Extremes(low_bound.copy(), high_bound.copy(), x.copy(), x.copy(), nowhere, nowhere.copy())
+    solve(network, box, linear, found, None)
+    assert low - 1e-4 * size < found.lower[0] <= low and high <= found.upper[0] < high + 1e-4 * size
+
+
+def test_time_that_is_left_over_goes_to_the_programs_that_were_stopped(monkeypatch):
+    network, box = random_network(0, (2, 6, 3)), (-np.ones(2), np.full(2, 1.5))
+    clock, runs = [0.0], []
+
+    def minimum(self, output, sign, scale, seconds):
+        """Of the first output each takes 5 seconds, of the others nothing."""
+        runs.append((output, sign, seconds))
+        needed = 5.0 if output == 0 else 0.0
+        clock[0] += min(seconds, needed)
+        if seconds < needed:
+            return None, None, 1
+        return forward(network, np.zeros((1, 2)))[0, output] * sign, None, 0
+
+    monkeypatch.setattr(exact_range._Program, "minimum", minimum)
+    monkeypatch.setattr(exact_range.time, "monotonic", lambda: clock[0])
+    linear = crown_bounds(network, *box)
+    bounds = linear.bounds[-1]
+
+    def run(deadline):
+        clock[0], value = 0.0, forward(network, np.zeros((1, 2)))[0]
+        runs.clear()
+        nowhere = np.zeros((3, 2))
+        found = Extremes(bounds[0].copy(), bounds[1].copy(), value.copy(), value.copy(), nowhere, nowhere.copy())
+        solve(network, box, linear, found, deadline)
+        return np.concatenate([found.lower == value, found.upper == value]).reshape(2, 3)
+
+    # Of 16 seconds 8/3 for each end of the first output are in vain; of the rest one takes 5 of its half, and so on.
+    assert run(16.0).all() and clock[0] == pytest.approx(16 / 3 + 10)
+    assert [(output, sign) for output, sign, _ in runs] == [*product(range(3), (1, -1)), (0, 1), (0, -1)]
+    # Nothing is begun after the deadline, and nothing again that has been solved.
+    assert run(12.0).sum() == 4 and clock[0] == pytest.approx(12) and len(runs) == 8
+    assert run(36.0).all() and clock[0] == 10 and len(runs) == 6
+
+
+@pytest.mark.parametrize("size", [5e-324, 1e-310, 1e-300])
+def test_boxes_of_numbers_next_to_0_are_bounded_without_a_warning(size):
+    network, box = random_network(3, (3, 6, 2)), (np.zeros(3), np.full(3, size))
+    free = chain([Affine.of(layer.weight, 0.0, layer.slope) for layer in network])
+    for layers in (network, free):
+        for low in (box[0], -box[1]):
+            found = solved(layers, (low, box[1]))
+            y = forward(layers, np.random.default_rng(0).uniform(low, box[1], (200, 3)))
+            assert np.all(found.lower <= y.min(axis=0)) and np.all(y.max(axis=0) <= found.upper)
 
 
 def test_numbers_that_are_not_finite_and_slopes_that_are_not_convex_are_refused():

@@ -250,6 +250,24 @@ def test_layers_that_cannot_be_calibrated_are_named_with_why(library):
 
 
 @BOTH
+def test_frozen_layers_stay_as_they_are_and_count_as_they_are(library):
+    model = _mlp(library, _masked)
+    model.layers[0].trainable = False
+    before = _weights(model)
+    report = calibrate_init(model, _X, on_fraction=0.6, calibrate_scale=False)
+    (name,) = (name for name in report.skipped if name != "out")
+    assert report.skipped[name] == "Dense, frozen (not trainable)"
+    assert [row.calibrated for row in report.layers] == [None, "b"]
+    assert report.layers[0].flip_rate == 0 and report.layers[1].zeros == pytest.approx(0.4)
+    changed = [not np.array_equal(a, b) for a, b in zip(before, _weights(model), strict=True)]
+    shapes = [weight.shape for weight, change in zip(before, changed, strict=True) if change]
+    assert shapes == [(6,)]  # The bias of b.
+    model.trainable = False
+    with pytest.raises(ValueError, match="must have a layer with a kernel, a bias and a ReLU. Received: .*frozen"):
+        calibrate_init(model, _X)
+
+
+@BOTH
 def test_of_a_shared_layer_all_calls_count_on_the_inputs_that_they_had(library):
     L = library.layers
     inputs = library.Input((12,))

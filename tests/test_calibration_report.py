@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from keras_sparse_init.calibration_report import CalibrationReport, LayerCalibration, non_linearity
+from keras_sparse_init.calibration_report import AffineFit, CalibrationReport, LayerCalibration
 
 _RANDOM = np.random.default_rng(0)
 
@@ -13,26 +13,26 @@ _RANDOM = np.random.default_rng(0)
 def test_non_linearity_is_0_of_affine_functions_and_about_1_of_what_is_even():
     x = _RANDOM.normal(size=(300, 2, 3))
     affine = x.reshape(300, 6) @ _RANDOM.normal(size=(6, 4)) + 5
-    assert non_linearity(x, affine) == pytest.approx(0, abs=1e-12)
+    assert AffineFit(x).non_linearity(affine) == pytest.approx(0, abs=1e-12)
     # No straight line explains |x|; the error of the mean of 300 is 0.06 and less.
-    assert non_linearity(x, np.abs(x[:, 0, 0])) == pytest.approx(1, abs=0.05)
+    assert AffineFit(x).non_linearity(np.abs(x[:, 0, 0])) == pytest.approx(1, abs=0.05)
     # Half of the variance of each, on symmetric inputs.
     mixed = x[:, 0, 0] / x[:, 0, 0].std() + np.abs(x[:, 1, 0]) / np.abs(x[:, 1, 0]).std()
-    assert non_linearity(x, mixed) == pytest.approx(0.5, abs=0.1)
+    assert AffineFit(x).non_linearity(mixed) == pytest.approx(0.5, abs=0.1)
 
 
 def test_non_linearity_of_noise_is_1_however_many_inputs_fit_it():
     for inputs in (1, 20, 60):
         x, noise = _RANDOM.normal(size=(120, inputs)), _RANDOM.normal(size=(120, 30))
-        assert non_linearity(x, noise) == pytest.approx(1, abs=0.1)
+        assert AffineFit(x).non_linearity(noise) == pytest.approx(1, abs=0.1)
 
 
 def test_non_linearity_is_unknown_with_few_samples_or_constant_outputs_and_constant_inputs_do_not_count():
     x = _RANDOM.normal(size=(30, 20))
-    assert non_linearity(x, x[:, 0] ** 2) is None
-    assert non_linearity(x[:, :4], np.full(30, 0.1)) is None
+    assert AffineFit(x).non_linearity(x[:, 0] ** 2) is None
+    assert AffineFit(x[:, :4]).non_linearity(np.full(30, 0.1)) is None
     x[:, 5:] = 3.0
-    assert non_linearity(x, x[:, 0] * 2) == pytest.approx(0, abs=1e-12)
+    assert AffineFit(x).non_linearity(x[:, 0] * 2) == pytest.approx(0, abs=1e-12)
 
 
 def test_rows_count_zeros_patterns_flips_and_units_of_all_calls():
