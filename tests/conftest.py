@@ -13,7 +13,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 def pytest_collection_finish(session):
     """What must happen after the imports of the test modules and before the first test."""
-    # The imports have made about a million objects that stay: a full collection need not look through them each time.
+    # The imports have made many objects that stay: a full collection need not look through them each time.
     gc.freeze()
     # Two virtual CPUs for the tests of tf.distribute: possible only until TensorFlow runs its first operation.
     if any(item.path.name.endswith("distribution.py") for item in session.items):

@@ -348,6 +348,14 @@ def test_every_config_runs_in_either_keras(name, keras, tickets, tmp_path, capsy
     assert (summary["keras"], summary["backend"]) == (keras, "tensorflow")
 
 
+@pytest.mark.parametrize("network", ["lenet5", "mlp"])
+def test_dense_networks_learn_at_the_rate_of_their_configs(network, tmp_path):
+    """A rate at which sparse networks learn may be too high for dense ones: they are thrown off and stay at 10%."""
+    arguments = ["--gin_file", f"{network}/dense.gin", *_bindings("STEPS=200"), "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["train", *arguments]) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["test_accuracy"] > 0.8
+
+
 def test_a_network_of_the_users_own_is_named_by_bindings(tmp_path, monkeypatch, capsys):
     """In a module of the working directory, in either Keras, with its parameters bound."""
     monkeypatch.chdir(tmp_path)

@@ -21,6 +21,7 @@ PRINTED = {
         "is an affine function on the data",
         "Spearman correlation of L_gen",
     ),
+    "lottery_tickets.ipynb": ("accuracy %", "RigL", "from prune to lottery"),
     "other_models.ipynb": ("off the mask, the largest: 0", "from 1.000000 to 1.000000", "inside the loop over time"),
     "output_range.ipynb": ("[-0.5, 1]", "width of the bounds", "by method exact"),
 }

@@ -110,6 +110,10 @@ def test_settings_that_differ_are_columns_and_the_others_are_said_once(tmp_path)
         _run(tmp_path / f"p{begin}", experiment="prune", pruning={"begin_step": begin, "power": 3}) for begin in (5, 9)
     ]
     assert "prune.begin_step" in report(pruned) and "prune.power 3" in report(pruned).splitlines()[0]
+    # What one experiment has and the other has not is told by the experiment.
+    both = [pruned[0], _run(tmp_path / "s", initializer={"scale": 2.0})]
+    header = report(both).splitlines()[2]
+    assert "prune.power" not in report(both) and "init.scale" not in report(both) and "experiment" in header
     dynamic = [_run(tmp_path / f"r{n}", experiment="rigl", updates={"frequency": n}) for n in (50, 100)]
     assert "updates.frequency" in report(dynamic)
 

@@ -62,7 +62,8 @@ def report(directories: Iterable[str | os.PathLike[str]], output_dir: str | os.P
     """
     groups, repeated = group_runs(read_runs(directories))
     unsaid = {*differing(groups), *_SHOWN, "architecture"}
-    common = {name: value for name, value in groups[0].settings.items() if name not in unsaid}
+    settings = groups[0].settings.items()
+    common = {name: v for name, v in settings if name not in unsaid and all(g.settings.get(name) == v for g in groups)}
     parts = [f"all with {_said(common)}", _table_of_groups(groups)]
     parts += [_left_out(run, same) for run, same in repeated]
     images = sorted({run.summary["test_images"] for group in groups for run in group.runs})

@@ -149,10 +149,14 @@ def differing(groups: Sequence[Group]) -> list[str]:
     """The names of the settings in which groups differ."""
     known = dict.fromkeys(name for group in groups for name in group.settings)
     names = [name for name in known if any(g.settings.get(name) != groups[0].settings.get(name) for g in groups)]
-    # That of the architecture says nothing to a reader: only where nothing else tells two groups apart.
+    # Only where nothing else tells two groups apart: what some groups have alike and others not at all, the settings of
+    # an experiment for instance; that of the architecture, which says nothing to a reader.
     others = [name for name in names if name != "architecture"]
-    apart = {tuple(str(group.settings.get(name)) for name in others) for group in groups}
-    return others if len(apart) == len(groups) else names
+    alike = [name for name in others if len({str(g.settings.get(name)) for g in groups} - {"None"}) == 1]
+    for found in ([name for name in others if name not in alike], others):
+        if len({tuple(str(group.settings.get(name)) for name in found) for group in groups}) == len(groups):
+            return found
+    return names
 
 
 def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
