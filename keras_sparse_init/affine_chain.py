@@ -170,8 +170,10 @@ def _apply(layer: Any, inputs: list[_Value]) -> list[_Value]:
     if isinstance(layer, compat.keras.Model | compat.tf_keras.Model):
         return _trace(layer, inputs)
     name = type(layer).__name__
-    if not isinstance(layer, compat.keras.layers.Layer | compat.tf_keras.layers.Layer):
-        raise unsupported(layer)
+    is_layer = isinstance(layer, compat.keras.layers.Layer | compat.tf_keras.layers.Layer)
+    if not is_layer or name.endswith("OpLambda"):
+        # What `a + b` makes is called Add, as the layer is that does the same and is supported.
+        raise unsupported(layer, ", an operation on tensors, which is no layer")
     if type(layer) is not getattr(compat.library_of(layer).layers, name, None):
         raise unsupported(layer, " of a class of its own")
     if name in MERGES:

@@ -239,6 +239,9 @@ def test_what_is_not_piecewise_linear_is_refused_by_name(library):
         with pytest.raises(ValueError, match=f"'culprit'.*{detail}.*is not supported. Supported are Dense") as error:
             output_range(model, 0, 1)
         assert ("give the model without its last activation" in str(error.value)) == (detail == "softmax")
+    inputs = layers.Input((3,))
+    with pytest.raises(ValueError, match="add.*, an operation on tensors, which is no layer.*is not supported"):
+        output_range(library.Model(inputs, inputs + layers.Dense(3)(inputs)), 0, 1)
 
 
 @LIBRARIES

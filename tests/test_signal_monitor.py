@@ -186,3 +186,31 @@ def test_a_layer_that_is_not_called_on_samples_is_not_seen_whatever_the_batches(
     report = signals.measure()
     assert list(report.not_seen) == ["positions/table"]
     assert [layer.name for layer in report.layers][:3] == ["column", "positions", "flat"]
+
+
+@pytest.mark.parametrize("case", ["offset", "tiny", "huge", "sample of zeros", "no gradient", "equal gradients"])
+def test_each_of_what_float32_has_no_room_for_is_noticed_by_itself(case):
+    """Values and gradients that nothing else than this is wrong with."""
+    L, random = keras.layers, np.random.default_rng(2)
+    model = keras.Sequential([L.Input((6,)), L.Dense(5, name="a"), L.Dense(3, name="b")])
+    first, second = random.normal(size=(6, 5)), random.normal(size=(5, 3))
+    bias, x, loss = np.zeros(5), _X.copy(), None
+    if case == "offset":
+        bias[2] = 1e4
+    elif case in ("tiny", "huge"):
+        first *= 1e-20 if case == "tiny" else 1e15
+        second /= 1e-20 if case == "tiny" else 1e15
+        second, loss = second / np.abs(second).max(), "linear"
+    elif case == "sample of zeros":
+        x[7] = 0
+    elif case == "no gradient":
+        second[:] = 0
+    else:
+        second[:], loss = 1.0, "linear"
+    for layer, kernel, offset in ((model.layers[0], first, bias), (model.layers[1], second, np.ones(3))):
+        layer.set_weights([kernel, offset])
+    loss = None if loss is None else lambda y, outputs: keras.ops.sum(outputs * y, axis=-1)
+    y = None if loss is None else np.ones((40, 3)) if case == "equal gradients" else random.normal(size=(40, 3))
+    signals = Signals(model, x, y, loss, seed=0, compiled=True, batch_size=40)
+    _assert_close(_flat(signals.measure()), _flat(measure_signal(model, x, y, loss)))
+    assert len(signals._probes) == 1
