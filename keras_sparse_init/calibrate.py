@@ -101,7 +101,7 @@ def calibrate_init(
         ImportError: When SciPy is not installed, for "highs".
 
     Warns:
-        UserWarning: When the model is an affine function on the data.
+        UserWarning: When the model is an affine function on the data, or nearly: its non-linearity is below 0.01.
 
     Example:
         >>> import keras, numpy as np
@@ -174,10 +174,12 @@ def calibrate_init(
     count = len(next(iter(before.values())))
     report = CalibrationReport(method, count, [*rows.values()], total, linear_before, linear, skipped)
     if report.is_affine:
+        nearly = "" if total.patterns == 1 else "nearly "
+        known = "unknown" if linear is None else f"{linear:.2g}"
         warnings.warn(
-            f"The model {model.name!r} is an affine function on the data after calibration: {total.zeros:.2%} zeros, "
-            f"{total.patterns} activation patterns, non-linearity {linear}. Units that are on for all samples are "
-            "linear; see `on_fraction` and `objective`",
+            f"The model {model.name!r} is {nearly}an affine function on the data after calibration: "
+            f"{total.zeros:.2%} zeros, {total.patterns} activation patterns, non-linearity {known}. Units that are on "
+            "for all samples are linear; see `on_fraction` and `objective`",
             stacklevel=2,
         )
     return report

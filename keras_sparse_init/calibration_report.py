@@ -94,7 +94,7 @@ class CalibrationReport:
 
     @property
     def is_affine(self) -> bool:
-        """Whether the model is an affine function on the data: one pattern, or a non-linearity below 0.01."""
+        """Whether the model is affine on the data, or nearly: one pattern, or a non-linearity below 0.01."""
         return self.total.patterns == 1 or (self.non_linearity is not None and self.non_linearity < AFFINE)
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,6 +119,11 @@ class CalibrationReport:
             )
         before, after = _shown(self.non_linearity_before), _shown(self.non_linearity)
         lines = [laid_out(table), f"{self.samples:,} samples; non-linearity {before} before, {after} after"]
+        lines.append(
+            "patterns: different ones of zeros; flips: activations that are on before or after only; no inputs: units "
+            "that no weight revives; scale: of kernel and bias; gap: of the linear programs, in margins; "
+            "non-linearity: the part of the outputs' variance that the best affine function leaves"
+        )
         lines += [f"not calibrated: {name} ({why})" for name, why in self.skipped.items()]
         return "\n".join(lines)
 

@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         _TRAIN_CONFIG,
         names="DATA, STEPS, BATCH, LEARNING_RATE, SEED, where a config has them also "
         "SPARSITY, METHOD, INIT, PRUNED_RUN",
-        example="train.log_every=50",
+        example="train.log_every=50 or dynamic.frequency=50",
         directory="a new or empty directory, or that of the same job, interrupted, which then goes on",
     )
     train.set_defaults(command=_train)
@@ -115,7 +115,8 @@ def _parser() -> argparse.ArgumentParser:
         _TRAIN_CONFIG,
         names="as of the command train",
         example="train.log_every=50",
-        directory="a new or empty directory, or that of this sweep; required",
+        directory="a new or empty directory, or that of this sweep, which then goes on",
+        required=True,
     )
     sweep.set_defaults(command=_sweep)
 
@@ -215,7 +216,7 @@ def _add_analysis_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_config_arguments(
-    parser: argparse.ArgumentParser, default: str, *, names: str, example: str, directory: str
+    parser: argparse.ArgumentParser, default: str, *, names: str, example: str, directory: str, required: bool = False
 ) -> None:
     """Adds what every command with a config takes: files, bindings, imports, and where to write.
 
@@ -225,6 +226,7 @@ def _add_config_arguments(
         names: What stands at the head of the configs.
         example: A binding of something else.
         directory: What the output directory may be.
+        required: Whether it must be given.
     """
     parser.add_argument(
         "--gin_file",
@@ -252,7 +254,9 @@ def _add_config_arguments(
     parser.add_argument(
         "--output_dir",
         metavar="DIR",
-        help=f"where to write the results: {directory} (default: a new directory under runs/)",
+        required=required,
+        help=f"where to write the results: {directory}"
+        + ("" if required else " (default: a new directory under runs/)"),
     )
     parser.set_defaults(default_config=default)
 
@@ -339,8 +343,6 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from keras_sparse_init.training.sweep import Sweep
 
     try:
-        if arguments.output_dir is None:
-            raise ValueError("`--output_dir` must be given, so that the sweep can go on there")
         files = arguments.gin_file or [arguments.default_config]
         for name in files:
             find_config(name)

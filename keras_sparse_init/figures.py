@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import Any
 
 
@@ -26,9 +27,14 @@ def add_legend(figure: Any) -> None:
     if not texts:
         return
     width, height = figure.get_size_inches()
-    wide = 0.7 + 0.08 * max(map(len, texts))  # Inches: those of a line and its margins, and of each letter.
+    # What is too long for one column is broken into lines.
+    texts = ["\n".join(textwrap.wrap(text, int((width - 0.7) / 0.08))) for text in texts]
+    lines = max(text.count("\n") + 1 for text in texts)
+    wide = 0.7 + 0.08 * max(
+        len(line) for text in texts for line in text.split("\n")
+    )  # Inches: those of a line and its margins, and of each letter.
     columns = max(1, min(len(texts), int(width / wide)))
-    figure.set_size_inches(width, height + 0.2 * math.ceil(len(texts) / columns))
+    figure.set_size_inches(width, height + 0.2 * lines * math.ceil(len(texts) / columns))
     figure.legend(handles, texts, loc="outside lower center", ncols=columns, fontsize="small")
 
 

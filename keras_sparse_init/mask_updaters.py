@@ -50,6 +50,11 @@ class MaskUpdater:
             raise ValueError(f"`end_step` must be positive{without_end}. Received: end_step={self.end_step}")
         if self.frequency < 1:
             raise ValueError(f"`frequency` must be positive. Received: frequency={self.frequency}")
+        if 0 < self.end_step < self.frequency:
+            raise ValueError(
+                "`end_step` must be at least `frequency`: there would be no update at all. "
+                f"Received: end_step={self.end_step}, frequency={self.frequency}"
+            )
         if check_positive("drop_fraction", self.drop_fraction) > 1:
             raise ValueError(f"`drop_fraction` must be in (0, 1]. Received: drop_fraction={self.drop_fraction}")
         if self.initial_learning_rate is not None:

@@ -73,6 +73,11 @@ class DenseGradients:
     def __init__(self, model: Any, loss: Callable[..., Any] | None = None) -> None:
         if loss is None and getattr(model, "optimizer", None) is None:
             raise ValueError(f"`loss` must be given, or the model compiled. Received: loss=None, {model.name!r}")
+        if loss is not None and (not callable(loss) or isinstance(loss, type)):
+            raise ValueError(
+                "`loss` must be a function of (y, outputs) that returns a mean, such as "
+                f"keras.losses.MeanSquaredError(). Received: loss={loss!r}"
+            )
         self._model = model
         self._kernels = trainable_kernels(model)
         trained = {id(variable) for variable in model.trainable_variables}

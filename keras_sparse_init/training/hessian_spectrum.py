@@ -48,23 +48,27 @@ class Spectrum:
     loss: float
 
     @property
-    def positive(self) -> float:
-        """The part of the eigenvalues that is positive: above 1e-4 of the largest in size."""
-        return float(self.weights[self.eigenvalues > self._negligible].sum())
+    def positive(self) -> float | None:
+        """The part of the eigenvalues that is positive: above 1e-4 of the largest in size; None unless exact."""
+        return self._part(self.eigenvalues > self._negligible)
 
     @property
-    def negative(self) -> float:
-        """The part of the eigenvalues that is negative: below -1e-4 of the largest in size."""
-        return float(self.weights[self.eigenvalues < -self._negligible].sum())
+    def negative(self) -> float | None:
+        """The part of the eigenvalues that is negative: below -1e-4 of the largest in size; None unless exact."""
+        return self._part(self.eigenvalues < -self._negligible)
 
     @property
     def trace(self) -> float:
-        """The sum of all eigenvalues."""
+        """The sum of all eigenvalues; unless exact, an estimate."""
         return float(self.size * (self.weights @ self.eigenvalues))
 
     @property
     def _negligible(self) -> float:
         return _NEGLIGIBLE * float(np.abs(self.eigenvalues).max())
+
+    def _part(self, chosen: np.ndarray) -> float | None:
+        # Where many eigenvalues are near 0, one Ritz value stands for all of them, on this side or that.
+        return float(self.weights[chosen].sum()) if self.method == "exact" else None
 
     def row(self) -> dict[str, Any]:
         """The numbers that sum it up."""
@@ -129,12 +133,11 @@ class HessianReport:
             for i, spectrum in enumerate(self.spectra):
                 counts, _ = np.histogram(sign * spectrum.eigenvalues, edges, weights=spectrum.weights * spectrum.size)
                 axes.stairs(counts, edges, label=literal(_name(spectrum)), **style(i))
-            axes.set(xscale="log", title="negative eigenvalues" if sign < 0 else "positive eigenvalues")
-            axes.set_xlabel("size")
+            axes.set(xscale="log", xlabel="-λ" if sign < 0 else "λ")
+            axes.set_title(f"{'negative' if sign < 0 else 'positive'} eigenvalues λ above 1e-6 of the largest in size")
             axes.set_yscale("symlog", linthresh=1)
             if sign < 0:
-                axes.invert_xaxis()
-                axes.set_ylabel("eigenvalues")
+                axes.set_ylabel("number of eigenvalues in each of 39 bins")
         add_legend(figure)
         return figure
 
@@ -142,12 +145,13 @@ class HessianReport:
         header = ["checkpoint", "weights", "method", "loss", "smallest", "largest", "positive", "negative", "trace"]
         rows = [
             [_name(s), f"{s.size:,}", s.method, f"{s.loss:.4f}", f"{s.eigenvalues[0]:.3g}", f"{s.eigenvalues[-1]:.3g}"]
-            + [f"{s.positive:.1%}", f"{s.negative:.1%}", f"{s.trace:.3g}"]
+            + ["" if part is None else f"{part:.1%}" for part in (s.positive, s.negative)]
+            + [f"{'' if s.method == 'exact' else 'about '}{s.trace:.3g}"]
             for s in self.spectra
         ]
         return (
             f"{format_table(header, rows)}\npositive and negative: the part of the eigenvalues beyond "
-            f"{_NEGLIGIBLE:g} of the largest in size"
+            f"{_NEGLIGIBLE:g} of the largest in size, which Lanczos's method does not tell"
         )
 
 
@@ -167,9 +171,9 @@ def hessian(
     Products of the Hessian with vectors v are gradients of g . v, g the gradient of the loss; a traced function makes
     many of them. "exact" finds all eigenvalues of the matrix. "lanczos" runs Lanczos's method from random vectors v of
     signs: sum_k tau_k^2 f(theta_k), tau_k the first entries of the eigenvectors of its tridiagonal matrix and theta_k
-    the eigenvalues, estimates v^T f(H) v / n, whose mean is that of f over all eigenvalues. The largest and smallest
-    values and the trace are close to the exact ones; many eigenvalues near 0 are not told apart, so that the parts
-    called positive and negative are larger than exact ones.
+    the eigenvalues, estimates v^T f(H) v / n, whose mean over all v is that of f over all eigenvalues. The largest and
+    the smallest value are close to the exact ones; the trace is an estimate that probes make better. Many eigenvalues
+    near 0 are not told apart: how many are positive or negative is not told.
 
     Args:
         directory: The directory of a finished run.

@@ -118,9 +118,11 @@ class Interpolation:
             for p in self.points
         ]
         said = ", ".join(f"{self.barrier(path):.4f} on the {path}" for path in self._paths())
+        first, second = self.settings["first"], self.settings["second"]
+        masks = {"none": "weights are 0 where both are", "first": "with the mask of 0", "second": "with the mask of 1"}
         return (
-            f"{format_table(header, rows)}\nbarrier, the most by which the training loss lies above the line between "
-            f"both ends: {said}"
+            f"0 is {first}, 1 is {second}; {masks[self.settings['mask']]}\n{format_table(header, rows)}\n"
+            f"barrier, the most by which the training loss lies above the line between both ends: {said}"
         )
 
 
@@ -154,7 +156,7 @@ def interpolate(
         checkpoints: Which weights of each: "end", "start", or a step of which there is a checkpoint.
         mask: Which mask the networks between get, and both ends: "first", "second", or "none": weights are 0 where
             both are.
-        points: Number of points of the line, and of the curve.
+        points: Number of points of the line, to which both networks are added, and of the curve.
         lower: The first t of the line.
         upper: The last one.
         curve_steps: Steps of training of the curve. 0: no curve.
@@ -176,8 +178,8 @@ def interpolate(
         >>> from keras_sparse_init.training import Scratch, interpolate, mlp, train
         >>> run = train(mlp, "digits", Scratch(0.95), steps=20, output_dir=tempfile.mkdtemp())
         >>> found = interpolate(run.directory, run.directory, checkpoints=("start", "end"), points=3, curve_steps=0)
-        >>> [round(point.t, 1) for point in found.points], found.points[1].train_loss > found.points[2].train_loss
-        ([-0.2, 0.5, 1.2], True)
+        >>> [round(point.t, 1) for point in found.points], found.points[1].train_loss > found.points[3].train_loss
+        ([-0.2, 0.0, 0.5, 1.0, 1.2], True)
 
     Reference:
         Evci et al. 2020, arXiv:2010.03533, section 4.2; the curve: Garipov et al. 2018, arXiv:1802.10026.
@@ -199,8 +201,9 @@ def interpolate(
     settings = {"first": str(first), "second": str(second), "checkpoints": [end.checkpoint for end in ends]}
     settings |= {"data": ends[0].data.name, "mask": mask, "seed": seed, "curve_steps": curve_steps}
     settings |= {"learning_rate": learning_rate, "batch": batch}
-    # Rounded, so that 0 and 1 are what they are.
-    found = [path.point("line", float(t)) for t in np.linspace(lower, upper, points).round(12)]
+    # With both networks, where they are on it; rounded, so that 0 and 1 are what they are.
+    both = [t for t in (0.0, 1.0) if lower <= t <= upper]
+    found = [path.point("line", float(t)) for t in np.union1d(np.linspace(lower, upper, points).round(12), both)]
     if curve_steps:
         path.learn(curve_steps, learning_rate, batch, seed)
         found += [path.point("curve", float(t)) for t in np.linspace(0, 1, points)]

@@ -22,7 +22,7 @@ class Dynamic(Scratch):
         updater: "set": new connections are random; "rigl": where the loss has the largest gradient; "rigl_inverted":
             the smallest. See `SET`, `RigL` and `RigLInverted`, whose arguments those below are.
         drop_fraction: Which part of the connections of a kernel is exchanged at first.
-        frequency: Steps between two updates.
+        frequency: Steps between two updates. None: a twentieth of all steps, rounded down, 1 at least.
         end_step: No update after this step. None: three quarters of all steps, as the authors have it.
         schedule: "cosine", "constant" or "learning_rate".
         grow_init: "zeros", "scaled" or a function.
@@ -44,7 +44,7 @@ class Dynamic(Scratch):
 
     updater: Updater = "rigl"
     drop_fraction: float = 0.3
-    frequency: int = 100
+    frequency: int | None = None
     end_step: int | None = None
     schedule: str = "cosine"
     grow_init: Any = "zeros"
@@ -55,7 +55,10 @@ class Dynamic(Scratch):
         check_choice("updater", self.updater, get_args(Updater))
         if not is_integer(self.gradient_batch) or self.gradient_batch < 1:
             raise ValueError(f"`gradient_batch` must be a positive int. Received: {self.gradient_batch!r}")
-        self._make_updater(steps=4, seed=0, learning_rate=1.0)
+        # What does not depend on the number of steps.
+        self._make_updater(
+            steps=max(2 * self.frequency, 4) if is_integer(self.frequency) else 4, seed=0, learning_rate=1.0
+        )
 
     @property
     def name(self) -> str:
@@ -85,7 +88,7 @@ class Dynamic(Scratch):
         return cls(
             end_step=max(steps * 3 // 4, 1) if self.end_step is None else self.end_step,
             drop_fraction=self.drop_fraction,
-            frequency=self.frequency,
+            frequency=max(steps // 20, 1) if self.frequency is None else self.frequency,
             schedule=self.schedule,
             initial_learning_rate=learning_rate if self.schedule == "learning_rate" else None,
             grow_init=self.grow_init,
@@ -189,7 +192,11 @@ class AtInit:
             init = getattr(self._initializer(), "granularity", type(self._initializer()).__name__)
         settings = {name: getattr(self, name) for name in ("scope", "rounds", "images", "keep_layers")}
         settings["temperature"] = self._temperature
-        return {"experiment": self.name, "method": self.scope, "init": init, "scores": settings}
+        described = {"experiment": self.name, "method": self.scope, "init": init, "scores": settings}
+        if self.initializer is not None:
+            config = self._initializer().get_config().items()
+            described["initializer"] = {k: v for k, v in config if k in ("scale", "mode", "distribution")}
+        return described
 
     @property
     def _temperature(self) -> float:
