@@ -190,6 +190,7 @@ def test_an_updater_comes_back_from_its_config(updater):
         ({"end_step": 0}, "`end_step` must be positive. Received: end_step=0"),
         ({"end_step": -1}, "`end_step` must be positive. Received: end_step=-1"),
         ({"end_step": -2, "schedule": "constant"}, "`end_step` must be positive, or -1"),
+        ({"end_step": 40, "frequency": 50}, "`end_step` must be at least `frequency`.*end_step=40, frequency=50"),
         ({"end_step": 1.5}, "`end_step` must be an int. Received: end_step=1.5"),
         ({"frequency": 0}, "`frequency` must be positive"),
         ({"drop_fraction": 0}, "`drop_fraction` must be a positive float"),
@@ -530,26 +531,26 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
     rigl.update(model, 1, dict(zip(names, good, strict=True)))
     plain = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(2)])
     with pytest.raises(ValueError, match="`model` must have masked kernels"):
-        SET(end_step=9).update(plain, 1)
+        SET(end_step=100).update(plain, 1)
     with pytest.raises(ValueError, match="`loss` must be given, or the model compiled"):
         DenseGradients(plain)
     model.trainable = False
     with pytest.raises(ValueError, match="`model` must have masked kernels that are trainable"):
-        SET(end_step=9).update(model, 1)
+        SET(end_step=100).update(model, 1)
 
 
 def test_a_callback_without_what_it_needs_is_refused():
     with pytest.raises(ValueError, match="`x` must be given: RigL needs gradients on a batch of data"):
-        MaskUpdate(RigL(end_step=10))
+        MaskUpdate(RigL(end_step=100))
     with pytest.raises(TypeError, match="`updater` must be a SET, RigL or RigLInverted"):
         MaskUpdate("rigl")
     with pytest.raises(ValueError, match="`y` must be None when `x` is a dataset"):
-        MaskUpdate(RigL(end_step=10), tf.data.Dataset.from_tensors((X, Y)), Y)
+        MaskUpdate(RigL(end_step=100), tf.data.Dataset.from_tensors((X, Y)), Y)
     with pytest.raises(ValueError, match="`batch_size` must be a positive int"):
-        MaskUpdate(RigL(end_step=10), X, Y, batch_size=0)
+        MaskUpdate(RigL(end_step=100), X, Y, batch_size=0)
     model = sparse_network(keras)
     with pytest.raises(ValueError, match="`y` must have as many samples as `x`"):
-        fit(model, MaskUpdate(RigL(end_step=10), X, Y[:-1]))
+        fit(model, MaskUpdate(RigL(end_step=100), X, Y[:-1]))
     with pytest.raises(ValueError, match="`x` must have batches. Received: an empty dataset"):
         empty = tf.data.Dataset.from_tensors((X, Y)).take(0)
         fit(model, MaskUpdate(RigL(end_step=10, frequency=1), empty))
@@ -561,4 +562,4 @@ def test_what_tfmot_prunes_is_left_to_tfmot():
     dense = tf_keras.Sequential([tf_keras.layers.Input((12,)), tf_keras.layers.Dense(3)])
     model = sparsity.prune_low_magnitude(dense, sparsity.ConstantSparsity(0.5, 0))
     with pytest.raises(ValueError, match="is pruned by tfmot with a schedule of its own"):
-        SET(end_step=10).update(model, 1)
+        SET(end_step=100).update(model, 1)
