@@ -171,9 +171,11 @@ def test_what_float32_has_no_room_for_is_summed_by_numpy(library):
 def test_a_layer_that_is_not_called_on_samples_is_not_seen_whatever_the_batches(batch_size):
     """A table of positions, whose rows look like those of one sample: batches differ in what can be summed."""
 
+    normal = keras.initializers.HeNormal(seed=0)
+
     class Positions(keras.layers.Layer):
         def build(self, input_shape):
-            self.table = keras.layers.Dense(4, "relu", name="table")
+            self.table = keras.layers.Dense(4, "relu", kernel_initializer=normal, name="table")
             self.table.build((6, 6))
             self.built = True
 
@@ -181,8 +183,8 @@ def test_a_layer_that_is_not_called_on_samples_is_not_seen_whatever_the_batches(
             return x + self.table(np.eye(6, dtype=np.float32))
 
     L = keras.layers
-    layers = [L.Reshape((6, 1), name="column"), Positions(name="positions"), L.Flatten(name="flat"), L.Dense(1)]
-    model = keras.Sequential([L.Input((6,)), *layers])
+    layers = [L.Reshape((6, 1), name="column"), Positions(name="positions"), L.Flatten(name="flat")]
+    model = keras.Sequential([L.Input((6,)), *layers, L.Dense(1, kernel_initializer=normal)])
     signals = _assert_like_measure_signal(model, _X, _Y, "mse", batch_size=batch_size)
     report = signals.measure()
     assert len(signals._probes) == 2  # None of it is left to NumPy.
