@@ -107,7 +107,7 @@ class GraphSums:
         for gradient in gradients:
             layout.gradients.append(None if gradient is None else len(rows))
             if gradient is not None:
-                if not gradient.shape.is_fully_defined() or gradient.dtype == tf.float64:
+                if not gradient.shape.is_fully_defined():
                     raise UnfitError
                 gradient = tf.cast(gradient, tf.float32)
                 size = tf.constant(gradient.shape.num_elements(), tf.float32)
@@ -134,10 +134,12 @@ class GraphSums:
             if seen:
                 sizes.append(np.sqrt(np.maximum.reduceat(squares / count, [tensor.columns.start for tensor in seen])))
             mean_of_gradient = total / size
-            squares -= count * mean * mean
-            flow -= size * mean_of_gradient**2
+            # One number does not differ from its mean.
+            squares = np.where(count > 1, squares - count * mean * mean, 0.0)
+            flow = np.where(size > 1, flow - size * mean_of_gradient**2, 0.0)
             fit = all(((found > TINY) & (found < HUGE)).all() for found in sizes)
-            if not (fit and is_kept(squares, count, mean).all() and is_kept(flow, size, mean_of_gradient).all()):
+            kept = (count == 1) | is_kept(squares, count, mean)
+            if not (fit and kept.all() and ((size == 1) | is_kept(flow, size, mean_of_gradient)).all()):
                 raise UnfitError
         parts: list[Any] = []
         for tensor in layout.tensors:

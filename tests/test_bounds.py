@@ -133,6 +133,35 @@ def test_rounding_is_on_the_safe_side(bounds):
         assert max(abs(lowest), abs(highest)) <= Fraction(above[0])
 
 
+def test_rounding_is_on_the_safe_side_where_large_coefficients_cancel():
+    """Units that are on, whose outputs cancel: against rational arithmetic at the corners that are extremes."""
+    random = np.random.default_rng(0)
+    for _ in range(30):
+        weight = random.uniform(1, 2, (1, 5)) + 1e-14 * random.uniform(0, 1, (6, 5))
+        out = random.normal(size=6)
+        out[-1] -= out.sum()
+        box = np.zeros(5), random.uniform(1, 2, 5)
+        network = chain([Affine.of(weight, 1.0, slope=0.0), Affine.of(out[None])])
+        (below,), (above,) = crown_bounds(network, *box).bounds[-1]
+        gradient = [sum(Fraction(v) * Fraction(w) for v, w in zip(out, column, strict=True)) for column in weight.T]
+        for sign in (1, -1):
+            corner = [Fraction(high) if sign * g > 0 else Fraction(0) for g, high in zip(gradient, box[1], strict=True)]
+            z = [sum(Fraction(w) * x for w, x in zip(row, corner, strict=True)) + 1 for row in weight]
+            value = sum(Fraction(v) * unit for v, unit in zip(out, z, strict=True))
+            assert Fraction(below) <= value <= Fraction(above)
+
+
+def test_an_input_next_to_a_kink_or_a_corner_is_moved_onto_it():
+    network, box = (
+        chain([Affine.of([[1.0], [-2.0]], [-0.3, 0.6], 0.0), Affine.of([[1.0, 1.0]])]),
+        (-np.ones(1), np.ones(1)),
+    )
+    linear = crown_bounds(network, *box)
+    for x, expected in ((0.3 + 1e-8, 0.3), (1 - 1e-8, 1.0), (-1 + 1e-8, -1.0), (0.31, 0.31)):
+        found = exact_range._sharpened(network, box, linear, np.array([x]))
+        np.testing.assert_allclose(found, [expected], rtol=0, atol=1e-15)
+
+
 @pytest.mark.parametrize("slope", [0.0, 0.3])
 def test_the_line_above_an_activation_is_above_it_in_real_numbers(slope):
     random = np.random.default_rng(0)
@@ -165,7 +194,7 @@ def test_the_exact_range_is_that_of_all_linear_regions(seed, sizes, slope):
     network, box = random_network(seed, sizes, slope), (-np.ones(sizes[0]), np.full(sizes[0], 1.5))
     assert sum(open_.sum() for open_ in crown_bounds(network, *box).unstable(network)) >= 4
     found = solved(network, box)
-    np.testing.assert_allclose([found.lower[0], found.upper[0]], by_regions(network, box), rtol=1e-7)
+    np.testing.assert_allclose([found.lower[0], found.upper[0]], by_regions(network, box), rtol=1e-12)
     assert found.lower == found.attained_lower and found.upper == found.attained_upper
     np.testing.assert_array_equal(forward(network, found.x_lower)[0], found.attained_lower)
     np.testing.assert_array_equal(forward(network, found.x_upper)[0], found.attained_upper)
@@ -232,6 +261,29 @@ def test_a_bound_within_the_tolerance_of_the_solver_is_not_believed_to_the_last_
     found = Extremes(low_bound.copy(), high_bound.copy(), x.copy(), x.copy(), nowhere, nowhere.copy())
     solve(network, box, linear, found, None)
     assert low - 1e-4 * size < found.lower[0] <= low and high <= found.upper[0] < high + 1e-4 * size
+    # Where the lowest value is attained a complete search makes it the bound, and one that was stopped does not.
+    found = Extremes(low_bound.copy(), high_bound.copy(), np.array([low]), np.array([high]), nowhere, nowhere.copy())
+    solve(network, box, linear, found, 1e12)
+    assert (found.lower[0] == low, found.upper[0] == high) == (status == 0,) * 2
+
+
+def test_no_bound_is_beyond_what_the_program_of_another_output_attains(monkeypatch):
+    """Two equal outputs: the second program finds what the first has missed within its tolerance."""
+    network, box = (
+        chain([Affine.of([[1.0]], slope=0.0), Affine.of([[1.0], [1.0]])]),
+        (np.array([-1.0]), np.array([1.0])),
+    )
+
+    def minimum(self, output, sign, scale, seconds):
+        x = np.array([1.0 - 1e-6 * (output == 0)]) if sign < 0 else np.array([-1.0])
+        return sign * forward(network, x[None])[0, output], x, 0
+
+    monkeypatch.setattr(exact_range._Program, "minimum", minimum)
+    nowhere = np.zeros((2, 1))
+    found = Extremes(np.full(2, -2.0), np.full(2, 2.0), np.full(2, 0.5), np.full(2, 0.5), nowhere, nowhere.copy())
+    monkeypatch.setattr(exact_range, "_sharpened", lambda network, box, linear, x: x)
+    solve(network, box, crown_bounds(network, *box), found, None)
+    np.testing.assert_array_equal([found.upper, found.attained_upper], np.ones((2, 2)))
 
 
 def test_time_that_is_left_over_goes_to_the_programs_that_were_stopped(monkeypatch):

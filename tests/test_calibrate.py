@@ -267,6 +267,18 @@ def test_frozen_layers_stay_as_they_are_and_count_as_they_are(library):
         calibrate_init(model, _X)
 
 
+def test_a_shared_layer_with_a_relu_after_one_call_only_is_not_calibrated_and_few_samples_do_for_the_rest():
+    L = keras.layers
+    inputs = keras.Input((12,))
+    shared = L.Dense(12, name="shared")
+    value = L.Dense(8, "relu", name="a")(shared(L.ReLU(name="relu")(shared(inputs))))
+    model = _draw(keras.Model(inputs, L.Dense(2, name="out")(value)))
+    report = calibrate_init(model, _X, n_samples=8)
+    assert report.skipped["shared"] == "Dense, no ReLU after it"
+    # 8 samples are too few for an affine fit of 12 inputs: for that there are more.
+    assert report.samples == 8 and 0 < report.non_linearity < 1
+
+
 @BOTH
 def test_of_a_shared_layer_all_calls_count_on_the_inputs_that_they_had(library):
     L = library.layers
@@ -409,6 +421,12 @@ def test_the_mixed_difference_is_that_of_the_closed_form_and_the_model_is_left_a
     assert generalization_gap(model, 2 * _X, 0.01, 60) == pytest.approx(2 * gap, rel=1e-3)
     assert generalization_gap(model, _X, 0.02, 60) == pytest.approx(2 * gap, rel=1e-3)
     assert generalization_gap(model, _X, 0.01, 2, seed=0) != generalization_gap(model, _X, 0.01, 2, seed=1)
+
+
+def test_each_perturbation_of_the_weights_is_another_one():
+    dense = _draw(keras.Sequential([keras.Input((12,)), keras.layers.Dense(3)]))
+    # Two samples have one partner each: only the perturbations differ.
+    assert len({generalization_gap(dense, _X[:2], perturbations=number) for number in (1, 2, 3)}) == 3
 
 
 def test_the_mixed_difference_of_what_is_a_sum_of_both_is_0_and_errors_name_what_is_wrong():
