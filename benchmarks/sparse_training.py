@@ -42,7 +42,10 @@ def one_shot(method: str) -> Callable[[Any, float, int], Any]:
 
     def make(data: Any, sparsity: float, seed: int) -> Any:
         model, x, y = scratch(data, 0.0, seed), data.x_train[:512], data.y_train[:512]
-        loss = lambda y, outputs: CROSS_ENTROPY(y, outputs / temperature)  # noqa: E731
+
+        def loss(y: Any, outputs: Any) -> Any:
+            return CROSS_ENTROPY(y, outputs / temperature)
+
         prune_at_init(model, sparsity, method, x, y, loss, keep_layers=True, seed=seed)
         return model
 

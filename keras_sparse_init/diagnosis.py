@@ -130,7 +130,9 @@ def _dead(report: Any) -> Iterator[str]:
 
 
 def _same_direction(report: Any) -> Iterator[str]:
-    same = [layer for layer in report.layers if layer.has_kernel and layer.cosine is not None and layer.cosine > _SAME]
+    # A sample that is a single number has no direction but its sign.
+    seen = (layer for layer in report.layers if layer.has_kernel and layer.size > 1)
+    same = [layer for layer in seen if layer.cosine is not None and layer.cosine > _SAME]
     if same:
         first = same[0]
         yield (

@@ -10,13 +10,11 @@ import tensorflow as tf
 
 from keras_sparse_init.arguments import is_integer
 from keras_sparse_init.mask_callback import MaskCallback, require_masked
-from keras_sparse_init.mask_updaters import SET, MaskUpdater, RigL, RigLInverted
+from keras_sparse_init.mask_updaters import MaskUpdater
 from keras_sparse_init.masked_kernel import trainable_kernels
 from keras_sparse_init.samples import Samples
 from keras_sparse_init.sampling import derive_seed
 from keras_sparse_init.unmasked_gradients import DenseGradients
-
-__all__ = ["SET", "MaskUpdate", "MaskUpdater", "RigL", "RigLInverted"]
 
 
 class MaskUpdate(MaskCallback):

@@ -156,13 +156,15 @@ def test_drop_fractions_are_those_of_the_formulas():
     assert constant.is_due(10**9)
 
 
-@LIBRARIES
-@pytest.mark.parametrize("legacy", [False, True])
-def test_the_drop_fraction_follows_the_learning_rate(library, legacy):
-    optimizers = library.optimizers
-    if legacy and library is keras:
-        pytest.skip("tf_keras only")
-    make = optimizers.legacy.SGD if legacy else optimizers.SGD
+@pytest.mark.parametrize(
+    ("optimizers", "make"),
+    [
+        pytest.param(keras.optimizers, keras.optimizers.SGD, id="keras"),
+        pytest.param(tf_keras.optimizers, tf_keras.optimizers.SGD, id="tf_keras"),
+        pytest.param(tf_keras.optimizers, tf_keras.optimizers.legacy.SGD, id="tf_keras legacy"),
+    ],
+)
+def test_the_drop_fraction_follows_the_learning_rate(optimizers, make):
     updater = RigL(end_step=-1, drop_fraction=0.4, schedule="learning_rate")
     scheduled = make(optimizers.schedules.PiecewiseConstantDecay([4], [0.2, 0.05]))
     for iterations, expected in ((0, 0.4), (5, 0.1)):

@@ -96,9 +96,17 @@ def _values(tensor):
     return compat.to_numpy("tensor", tensor)
 
 
-def _assert_measured(model, x):
-    report = measure_signal(model, x)
-    assert report.output_std == pytest.approx(_values(model(x)).std(), rel=1e-4)
+def _assert_measured(kind, model, x, y):
+    if kind in _LOSSES:  # The wrong words are others in each call, and the losses that the model puts out with them.
+        report = measure_signal(model, x, y, _is_loss)
+        embedding = next(layer for layer in model.layers if layer.name.endswith("embedding"))
+        pooled = next(layer for layer in report.layers if "pooling" in layer.name)
+        assert pooled.post.std == pytest.approx(_values(embedding(x[0])).mean(axis=1).std(), rel=1e-4)
+        # Losses are single numbers, and above 0: they have no direction.
+        assert not any("same direction" in fault for fault in report.diagnose())
+    else:
+        report = measure_signal(model, x)
+        assert report.output_std == pytest.approx(_values(model(x)).std(), rel=1e-4)
     assert [kernel.shape for kernel in report.kernels] == [kernel.shape for kernel in masked_kernels(model)]
     assert all(kernel.gradient_std > 0 for kernel in report.kernels)
     # What a loop over time does inside is not seen, and said so.
@@ -150,8 +158,7 @@ def test_a_masked_model_is_drawn_for_its_masks_trains_and_keeps_them(library, ki
         fan_in = np.broadcast_to(np.maximum(fans.fans(mask, kernel.layout)[0], 1), mask.shape)
         # Squares of a truncated normal vary less than those of a normal, whose variance is 2: 5 standard errors.
         assert np.mean(w[mask] ** 2 * fan_in[mask]) / 2 == pytest.approx(1, abs=5 * np.sqrt(2 / mask.sum()))
-    if kind not in _LOSSES:
-        _assert_measured(model, x)
+    _assert_measured(kind, model, x, y)
     _train(library, kind, model, x, y)
     outputs = _values(model(x))  # tfmot masks its kernels as the model runs.
     for kernel, w0 in zip(kernels, before, strict=True):
@@ -176,8 +183,8 @@ def test_weight_normalization_starts_with_the_same_weights_and_trains_with_masks
     masks = [kernel.mask_value() for kernel in masked_kernels(sparse)]
     for kernel, mask in zip(masked_kernels(sparse), masks, strict=True):
         assert not mask.all() and np.all(_values(kernel.kernel)[~mask] == 0)
+    _assert_measured(kind, sparse, x, y)
     if kind not in _LOSSES:
-        _assert_measured(sparse, x)
         np.testing.assert_allclose(_values(fold_weight_norm(strip(sparse))(x)), _values(sparse(x)), atol=1e-5)
 
 
