@@ -34,11 +34,11 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_sparse_init import SET, Masked, RigL, masked_kernels, set_masks, sparsify
-from keras_sparse_init.drop_grow import drop_and_grow
+from keras_sparse_init.mask_updates.drop_grow import drop_and_grow
+from keras_sparse_init.mask_updates.unmasked_gradients import DenseGradients
 from keras_sparse_init.masks import random_mask
 from keras_sparse_init.slots import slots_of
 from keras_sparse_init.training.networks import lenet5
-from keras_sparse_init.unmasked_gradients import DenseGradients
 
 STEPS, FIFTIETH, SPARSITY, FRACTION = 3.0, 0.02, 0.95, 0.3
 SHAPES = [(1024, 1024), (3, 3, 512, 512), (4096, 4096)]

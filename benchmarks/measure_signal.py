@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_sparse_init import measure_signal
-from keras_sparse_init.signal import Signals
+from keras_sparse_init.signal.measure import Signals
 
 BOUNDS = {"measure_signal": 2.0, "monitor": 1.2}
 

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_sparse_init import count_relu_zeros
-from keras_sparse_init.zero_counts import ZeroCounter, zeros_per_unit
+from keras_sparse_init.signal.zero_counts import ZeroCounter, zeros_per_unit
 
 BATCH = 1000
 SHARE = 20

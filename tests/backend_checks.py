@@ -32,8 +32,8 @@ from keras_sparse_init import (
     measure_signal,
     output_range,
 )
+from keras_sparse_init.comparison.gradients import gradient_function
 from keras_sparse_init.fans import kernel_layout
-from keras_sparse_init.gradients import gradient_function
 from keras_sparse_init.training import Prune, train
 from keras_sparse_init.watching import watch
 

@@ -11,9 +11,9 @@ from pruning_checks import Recorder, X, Y, assert_same, fit, kernels, mask_value
 
 from keras_sparse_init import SET, Masked, MaskUpdate, RigL, RigLInverted, dense_gradients, masked_kernels, set_masks
 from keras_sparse_init.compat import to_numpy
+from keras_sparse_init.mask_updates.unmasked_gradients import DenseGradients
 from keras_sparse_init.masks import Random
 from keras_sparse_init.slots import slots_of
-from keras_sparse_init.unmasked_gradients import DenseGradients
 
 
 def sparse_network(library, optimizer="sgd", wrap=Masked, **compiled):

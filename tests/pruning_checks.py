@@ -14,8 +14,8 @@ import tf_keras
 
 from keras_sparse_init import Masked, masked_kernels, masks
 from keras_sparse_init.compat import Callback, iterations, to_numpy
-from keras_sparse_init.magnitude import global_magnitude_masks, magnitude_mask
-from keras_sparse_init.pruning import ConstantSparsity, MagnitudePruning, PolynomialDecay
+from keras_sparse_init.mask_updates.magnitude import global_magnitude_masks, magnitude_mask
+from keras_sparse_init.mask_updates.pruning import ConstantSparsity, MagnitudePruning, PolynomialDecay
 
 X = np.random.default_rng(0).normal(size=(80, 12)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(80, 3)).astype("float32")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_sparse_init.affine_stack import ACTIVATIONS, activation_functions, pass_through
+from keras_sparse_init.comparison.affine_stack import ACTIVATIONS, activation_functions, pass_through
 
 _TENSORFLOW = {
     "linear": tf.identity,

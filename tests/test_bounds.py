@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy import optimize, sparse
 
-from keras_sparse_init import exact_range
-from keras_sparse_init.bounds import _Step, crown_bounds, interval_bounds
-from keras_sparse_init.exact_range import solve
-from keras_sparse_init.extremes import Extremes, attained
-from keras_sparse_init.piecewise import Affine, chain, forward
+from keras_sparse_init.ranges import exact_range
+from keras_sparse_init.ranges.bounds import _Step, crown_bounds, interval_bounds
+from keras_sparse_init.ranges.exact_range import solve
+from keras_sparse_init.ranges.extremes import Extremes, attained
+from keras_sparse_init.ranges.piecewise import Affine, chain, forward
 
 
 def random_network(seed, sizes, slope=0.0, density=1.0):
@@ -177,7 +177,7 @@ def test_large_layers_are_bounded_in_parts_and_a_deadline_leaves_intervals():
     box = -np.ones(5), np.ones(5)
     whole, slopes = crown_bounds(network, *box).bounds, crown_bounds(network, *box).slopes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("keras_sparse_init.bounds._CHUNK", 1000)
+        patch.setattr("keras_sparse_init.ranges.bounds._CHUNK", 1000)
         parts = crown_bounds(network, *box)
     np.testing.assert_allclose(parts.bounds[-1], whole[-1], rtol=1e-12)
     np.testing.assert_allclose(parts.slopes, slopes, atol=1e-12)

@@ -17,7 +17,7 @@ from keras_sparse_init import (
     masked_kernels,
     sparsify,
 )
-from keras_sparse_init.relu_layers import LAYOUTS, relu_layers
+from keras_sparse_init.calibration.relu_layers import LAYOUTS, relu_layers
 
 BOTH = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
 _X = np.random.default_rng(0).normal(0.5, 1.0, size=(90, 12)).astype(np.float32)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from keras_sparse_init.calibration_report import AffineFit, CalibrationReport, LayerCalibration
+from keras_sparse_init.calibration.report import AffineFit, CalibrationReport, LayerCalibration
 
 _RANDOM = np.random.default_rng(0)
 

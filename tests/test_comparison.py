@@ -14,8 +14,8 @@ import tf_keras
 from statistical import KURTOSIS, normal_bound
 
 from keras_sparse_init import Masked, SparseHeNormal, SparseScaledInit, compare_initializers
-from keras_sparse_init.comparison import initial_kernels
-from keras_sparse_init.comparison_report import COLUMNS, QUANTITIES
+from keras_sparse_init.comparison.compare import initial_kernels
+from keras_sparse_init.comparison.report import COLUMNS, QUANTITIES
 from keras_sparse_init.sampling import TRUNCATED_STD, derive_seed, sample
 
 SIZES = (90, 120, 50, 20)

@@ -6,7 +6,7 @@ import pytest
 import tf_keras
 
 from keras_sparse_init import Masked, compat, set_masks, sparsify
-from keras_sparse_init.gradients import gradient_function, gradient_norm
+from keras_sparse_init.comparison.gradients import gradient_function, gradient_norm
 
 _RANDOM = np.random.default_rng(0)
 _X = _RANDOM.normal(size=(12, 5)).astype(np.float32)

@@ -1,6 +1,7 @@
 """The shape of the code: imports run one way, and nothing heavy is imported before it is needed."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import keras_sparse_init
 
 PACKAGE = Path(keras_sparse_init.__file__).parent
 
-# A module may import those above it.
+# A module or folder may import those above it, and what is in a folder may import one another one way.
 ORDER = (
     "_version",
     "registration",
@@ -21,21 +22,10 @@ ORDER = (
     "choose",
     "densities",
     "masks",
-    "magnitude",
-    "drop_grow",
     "schedules",
     "packing",
     "table",
     "figures",
-    "zero_counts",
-    "piecewise",
-    "bounds",
-    "extremes",
-    "exact_range",
-    "patches",
-    "unit_programs",
-    "unit_solvers",
-    "calibration_report",
     "compat",
     "initializers",
     "matching",
@@ -49,83 +39,61 @@ ORDER = (
     "slots",
     "folding",
     "watching",
-    "rectifiers",
     "batches",
-    "relu_zeros",
-    "data_dependent",
-    "relu_layers",
-    "calibrate",
-    "generalization",
+    "samples",
     "wrapping",
     "sparse_model",
-    "mask_callback",
-    "pruning",
-    "moments",
-    "connectivity",
-    "links",
-    "graph",
-    "topology",
-    "kernel_scale",
-    "diagnosis",
-    "signal_plot",
-    "signal_report",
-    "probe",
-    "layer_sums",
-    "graph_sums",
-    "samples",
-    "unmasked_gradients",
-    "mask_updaters",
     "mask_updates",
-    "one_shot",
-    "objective",
-    "jacobian",
     "signal",
-    "event_log",
-    "signal_monitor",
-    "affine_layers",
-    "affine_chain",
+    "calibration",
     "ranges",
-    "gradients",
-    "affine_stack",
-    "comparison_plots",
-    "comparison_report",
     "comparison",
     "training",
     "cli",
 )
 
 
+def name_of(file: Path) -> str:
+    """The module's name below the package, with dots."""
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {name_of(file): file for file in PACKAGE.rglob("*.py")}
+
+
 def imported_modules(file: Path) -> set[str]:
-    """The modules of the package that a file imports, wherever in it, by their first name below the package."""
+    """The modules of the package that a file imports, wherever in it, by their names below the package."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "keras_sparse_init":
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("keras_sparse_init."):
-            names.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "keras_sparse_init":
+            home = node.module.removeprefix("keras_sparse_init").lstrip(".")
+            # A name of the package that is no module (a function of `__init__`) would be an import upwards too.
+            inside = {f"{home}.{alias.name}".lstrip(".") for alias in node.names}
+            names.update(inside if not home else {name if name in MODULES else home for name in inside})
         elif isinstance(node, ast.Import):
-            names.update(a.name.split(".")[1] for a in node.names if a.name.startswith("keras_sparse_init."))
+            ours = [alias.name for alias in node.names if alias.name.startswith("keras_sparse_init.")]
+            names.update(name.removeprefix("keras_sparse_init.") for name in ours)
     return names
 
 
-def module_of(file: Path) -> str:
-    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def first(name: str) -> str:
+    return name.split(".")[0]
 
 
 def test_imports_run_downwards():
-    for file in PACKAGE.rglob("*.py"):
-        module = module_of(file)
-        if module == "__init__":
-            continue
-        allowed = set(ORDER[: ORDER.index(module)])
-        if module in ("layers", "training"):
-            allowed.add(module)
-        # A name of the package that is no module (a function of `__init__`) would be an import upwards too.
-        assert imported_modules(file) <= allowed, file
+    for name, file in MODULES.items():
+        if name != "__init__":
+            allowed = {*ORDER[: ORDER.index(first(name))], *([first(name)] if "." in name else [])}
+            assert {first(imported) for imported in imported_modules(file)} <= allowed, file
+
+
+def test_imports_within_a_folder_run_one_way():
+    graph = {name: imported_modules(file) - {name} for name, file in MODULES.items() if "." in name}
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 def test_every_module_has_a_place_in_the_order():
-    modules = {module_of(file) for file in PACKAGE.rglob("*.py")} - {"__init__"}
+    modules = {first(name) for name in MODULES} - {"__init__"}
     assert modules == set(ORDER)
 
 

@@ -19,9 +19,9 @@ from pruning_checks import Recorder, X, Y, assert_same, fit, kernels, mask_value
 
 from keras_sparse_init import SET, Masked, MaskUpdate, RigL, RigLInverted, dense_gradients, masked_kernels, set_masks
 from keras_sparse_init.compat import metric_variables, to_numpy
-from keras_sparse_init.drop_grow import drop_and_grow, number_dropped
+from keras_sparse_init.mask_updates.drop_grow import drop_and_grow, number_dropped
+from keras_sparse_init.mask_updates.unmasked_gradients import DenseGradients
 from keras_sparse_init.masks import Random
-from keras_sparse_init.unmasked_gradients import DenseGradients
 from keras_sparse_init.variance import weight_std
 
 LIBRARIES = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])

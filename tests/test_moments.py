@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from keras_sparse_init.moments import Directions, Moments, Zeros
+from keras_sparse_init.signal.moments import Directions, Moments, Zeros
 
 _RANDOM = np.random.default_rng(0)
 

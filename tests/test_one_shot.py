@@ -14,7 +14,7 @@ from pruning_checks import X, Y, assert_same, kernels, mask_values, network
 
 from keras_sparse_init import Masked, masked_kernels, prune_at_init
 from keras_sparse_init.compat import to_numpy
-from keras_sparse_init.magnitude import kept
+from keras_sparse_init.mask_updates.magnitude import kept
 
 LIBRARIES = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
 SIZE = 12 * 16 + 16 * 3

@@ -10,8 +10,8 @@ import tf_keras
 from tensorflow_model_optimization.sparsity.keras import prune_low_magnitude
 
 from keras_sparse_init import Masked, OutputRange, WeightNorm, compat, output_range, set_masks, sparsify
-from keras_sparse_init.affine_chain import affine_chain
-from keras_sparse_init.piecewise import forward
+from keras_sparse_init.ranges.affine_chain import affine_chain
+from keras_sparse_init.ranges.piecewise import forward
 
 LIBRARIES = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
 

@@ -21,8 +21,8 @@ from pruning_checks import Recorder, X, Y, assert_same, fit, kernels, mask_value
 
 from keras_sparse_init import Masked, SparseHeNormal, masked_kernels, masks, sparsify, strip
 from keras_sparse_init.fans import kernel_layout
-from keras_sparse_init.magnitude import global_magnitude_masks, kept, magnitude_mask
-from keras_sparse_init.pruning import ConstantSparsity, MagnitudePruning, PolynomialDecay, magnitude_prune
+from keras_sparse_init.mask_updates.magnitude import global_magnitude_masks, kept, magnitude_mask
+from keras_sparse_init.mask_updates.pruning import ConstantSparsity, MagnitudePruning, PolynomialDecay, magnitude_prune
 from keras_sparse_init.slots import slots_of
 
 LIBRARIES = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
@@ -470,7 +470,7 @@ def test_slots_inside_a_multi_optimizer_are_found():
 @LIBRARIES
 def test_without_the_reset_of_slots_momentum_would_move_pruned_weights(library, monkeypatch):
     """Then the callback notices and sets them to 0 after each batch."""
-    monkeypatch.setattr("keras_sparse_init.pruning.slots_of", lambda optimizer, variable: ())
+    monkeypatch.setattr("keras_sparse_init.mask_updates.pruning.slots_of", lambda optimizer, variable: ())
     recorder, model = Recorder(), network(library, library.optimizers.SGD(0.05, momentum=0.9))
     pruning = MagnitudePruning(ConstantSparsity(0.5, 4, 4))
     first = Recorder()

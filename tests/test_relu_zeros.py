@@ -11,8 +11,8 @@ import tf_keras
 from tensorflow_model_optimization.sparsity.keras import prune_low_magnitude
 
 from keras_sparse_init import Masked, count_relu_zeros
-from keras_sparse_init.rectifiers import rectifiers
-from keras_sparse_init.relu_zeros import relu_zeros
+from keras_sparse_init.signal.rectifiers import rectifiers
+from keras_sparse_init.signal.relu_zeros import relu_zeros
 
 BOTH = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
 _RANDOM = np.random.default_rng(0)

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tf_keras
 
 from keras_sparse_init import SignalMonitor, compat, measure_signal, sparsify
-from keras_sparse_init.signal import Signals
+from keras_sparse_init.signal.measure import Signals
 
 BOTH = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
 _RANDOM = np.random.default_rng(0)

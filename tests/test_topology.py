@@ -7,7 +7,7 @@ import tensorflow as tf
 import tf_keras
 
 from keras_sparse_init import Masked, compat, masked_kernels, sparsify
-from keras_sparse_init.topology import live_inputs, topology
+from keras_sparse_init.signal.topology import live_inputs, topology
 from keras_sparse_init.watching import watch
 
 BOTH = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from keras_sparse_init.unit_programs import OBJECTIVES, UnitPrograms, quantile_bias, wanted_signs
-from keras_sparse_init.unit_solvers import solve_highs, solve_pdhg
+from keras_sparse_init.calibration.unit_programs import OBJECTIVES, UnitPrograms, quantile_bias, wanted_signs
+from keras_sparse_init.calibration.unit_solvers import solve_highs, solve_pdhg
 
 SETTINGS = {"radius": 0.25, "margin": 0.5, "bias_radius": 1.0, "stay": 0.01}
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from keras_sparse_init.comparison_report import COLUMNS, STATISTICS, Histogram, InitializerComparison
+from keras_sparse_init.comparison.report import COLUMNS, STATISTICS, Histogram, InitializerComparison
 from keras_sparse_init.training import run_dir
 
 _HISTOGRAMS = ("pre_activation", "activation", "activation_gradient", "kernel_gradient")

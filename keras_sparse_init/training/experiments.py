@@ -241,7 +241,7 @@ class Prune:
             from keras_sparse_init.tfmot import UpdatePruningStep
 
             return [UpdatePruningStep()]
-        from keras_sparse_init.pruning import MagnitudePruning
+        from keras_sparse_init.mask_updates.pruning import MagnitudePruning
 
         return [MagnitudePruning(self.schedule(steps))]
 

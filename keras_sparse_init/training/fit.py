@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from keras_sparse_init import compat
-from keras_sparse_init.event_log import EventLog
-from keras_sparse_init.gradients import gradient_function, gradient_norm
-from keras_sparse_init.mask_callback import MaskCallback
+from keras_sparse_init.comparison.gradients import gradient_function, gradient_norm
+from keras_sparse_init.mask_updates.base_callback import MaskCallback
+from keras_sparse_init.signal.event_log import EventLog
 from keras_sparse_init.training import checkpoints
 from keras_sparse_init.training.data import Data
 from keras_sparse_init.training.optimizers import make_optimizer

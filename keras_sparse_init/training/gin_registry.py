@@ -19,8 +19,8 @@ from typing import Any
 
 import gin
 
-from keras_sparse_init.comparison import compare_initializers
-from keras_sparse_init.comparison_report import InitializerComparison
+from keras_sparse_init.comparison.compare import compare_initializers
+from keras_sparse_init.comparison.report import InitializerComparison
 from keras_sparse_init.initializers import SparseScaledInit
 from keras_sparse_init.training.configs import config_root
 from keras_sparse_init.training.experiments import Dense, Lottery, Prune, Scratch

@@ -67,7 +67,7 @@ class Dynamic(Scratch):
 
     def callbacks(self, model: Any, *, seed: int, steps: int, data: Any, learning_rate: float) -> list[Any]:
         """The callback that updates masks."""
-        from keras_sparse_init.mask_updates import MaskUpdate
+        from keras_sparse_init.mask_updates.mask_update import MaskUpdate
 
         updater = self._make_updater(steps, derive_seed(seed, "mask updates"), learning_rate)
         if not updater.needs_gradients:
@@ -82,7 +82,7 @@ class Dynamic(Scratch):
         return {**super().describe(), "updates": updates}
 
     def _make_updater(self, steps: int, seed: int, learning_rate: float) -> Any:
-        from keras_sparse_init.mask_updaters import SET, RigL, RigLInverted
+        from keras_sparse_init.mask_updates.updaters import SET, RigL, RigLInverted
 
         cls = {"set": SET, "rigl": RigL, "rigl_inverted": RigLInverted}[self.updater]
         return cls(
@@ -154,7 +154,7 @@ class AtInit:
             ValueError: When an argument is none that `prune_at_init` takes.
         """
         from keras_sparse_init import compat
-        from keras_sparse_init.one_shot import prune_at_init
+        from keras_sparse_init.mask_updates.one_shot import prune_at_init
         from keras_sparse_init.sparse_model import apply_masks, reinitialize
         from keras_sparse_init.wrapping import wrap_kernels
 

@@ -1,0 +1,1 @@
+"""Initialization from data: weight normalization's gains, biases and weights by quantiles and linear programs."""

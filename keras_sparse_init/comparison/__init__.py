@@ -1,0 +1,1 @@
+"""Initializers side by side on one stack of affine layers."""
