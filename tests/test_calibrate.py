@@ -9,7 +9,6 @@ import tf_keras
 from keras_sparse_init import (
     Masked,
     WeightNorm,
-    calibrate,
     calibrate_init,
     compat,
     count_relu_zeros,
@@ -17,6 +16,7 @@ from keras_sparse_init import (
     masked_kernels,
     sparsify,
 )
+from keras_sparse_init.calibration import calibrate
 from keras_sparse_init.calibration.relu_layers import LAYOUTS, relu_layers
 
 BOTH = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
