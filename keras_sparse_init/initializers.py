@@ -28,11 +28,18 @@ class SparseScaledInit(compat.Initializer):
 
         unit:  var(w_ij) = scale / fan_in_j,  fan_in_j = number of nonzeros into unit j over the receptive field
                (fan_out_i = nonzeros out of i; "fan_avg": the mean of the two)
+        effective: the same, but fan_in_j counts only inputs that a signal reaches through the masks before, and
+               fan_out_i only outputs from which one reaches the output of the model
         layer: var(w)    = scale / (dense fan * density of the layer)
         dense: var(w)    = scale / dense fan (the mask only zeroes: what happens when masks are ignored)
 
     An initializer only sets the starting values: with a bare `kernel_initializer=SparseScaledInit(sparsity=0.95)` the
     zeros train away. `Masked(layer)` or `sparsify` keep them at 0.
+
+    "effective" needs the masks of a whole model: `reinitialize` and `sparsify` give it those. A layer that draws a
+    kernel by itself, when it is built, knows of no others: all of its inputs count as live, as with "unit". On random
+    masks that are not very sparse all units are live and the two agree; where many are dead, as with
+    `masks.Heterogeneous`, "unit" counts connections that carry nothing, and the signal shrinks from layer to layer.
 
     Fans below 1 count as 1. A unit without inputs is all 0. The same seed gives the same bits in every process, on
     every replica and backend; calling twice gives the same values.
@@ -42,7 +49,7 @@ class SparseScaledInit(compat.Initializer):
         mode: "fan_in", "fan_out" or "fan_avg".
         distribution: "truncated_normal" (or "normal"; N(0, sigma^2 / 0.87962566^2) cut at 2 standard deviations,
             so that the variance is exact), "untruncated_normal", or "uniform" (within sqrt(3 * scale / fan)).
-        granularity: "unit", "layer" or "dense".
+        granularity: "unit", "effective", "layer" or "dense".
         mask: None (dense until a mask is known), an array of 0 and 1 of the kernel's shape, or a rule of
             `keras_sparse_init.masks`.
         sparsity: Float in [0, 1), short for `mask=masks.Random(sparsity)`; the mask's seed derives from `seed`.
@@ -54,7 +61,8 @@ class SparseScaledInit(compat.Initializer):
             `keras_sparse_init.fans.KernelLayout`. None follows Keras: (in, out), (receptive field..., in, out).
 
     Raises:
-        ValueError: When an argument is not one of those allowed, or both `mask` and `sparsity` are given.
+        ValueError: When an argument is not one of those allowed, both `mask` and `sparsity` are given, or one of them
+            with "effective", which goes by the masks of a model.
         TypeError: When the seed is no integer.
 
     Example:
@@ -95,6 +103,11 @@ class SparseScaledInit(compat.Initializer):
             raise ValueError(
                 f"Give either `mask` or `sparsity`, not both. Received: mask={mask!r}, sparsity={sparsity}"
             )
+        if self.granularity == "effective" and not (mask is None and sparsity is None):
+            raise ValueError(
+                "`mask` and `sparsity` must be None with granularity='effective', which counts what the masks of a "
+                f"whole model connect: see `sparsify` and `reinitialize`. Received: mask={mask!r}, sparsity={sparsity}"
+            )
         mask = _mask_argument(mask)
         self.mask = mask.copy() if isinstance(mask, np.ndarray) else mask  # Its owner may go on to change it.
         self.sparsity = None if sparsity is None else masks.Random(sparsity).sparsity
@@ -134,7 +147,16 @@ class SparseScaledInit(compat.Initializer):
         seed = self.seed if isinstance(self.seed, int) else compat.next_seed(self.seed)
         return compat.to_tensor(self.draw(shape, name, mask, kernel_layout, seed), dtype)
 
-    def draw(self, shape: Any, dtype: str, mask: Any, kernel_layout: Any, seed: int) -> np.ndarray:
+    def draw(
+        self,
+        shape: Any,
+        dtype: str,
+        mask: Any,
+        kernel_layout: Any,
+        seed: int,
+        live_inputs: np.ndarray | None = None,
+        live_outputs: np.ndarray | None = None,
+    ) -> np.ndarray:
         """The values of a call as a NumPy array, with a seed from outside: whole models have one seed for all kernels.
 
         Args:
@@ -143,6 +165,8 @@ class SparseScaledInit(compat.Initializer):
             mask: As in a call.
             kernel_layout: As in a call.
             seed: Non-negative int.
+            live_inputs: For "effective", as in `variance.weight_std`.
+            live_outputs: The same.
 
         Returns:
             An array of `shape` and `dtype`.
@@ -157,7 +181,7 @@ class SparseScaledInit(compat.Initializer):
             mask = compat.to_numpy("mask", masks.draw(mask, shape, derive_seed(seed, "mask"), layout))
         if mask is not None:
             mask = fans.as_mask(mask, shape)
-        std = weight_std(shape, mask, layout, self.scale, self.mode, self.granularity)
+        std = weight_std(shape, mask, layout, self.scale, self.mode, self.granularity, live_inputs, live_outputs)
         return sample(std, shape, seed, mask, self.distribution, compat.numpy_dtype(dtype))
 
     @property
@@ -257,7 +281,7 @@ class SparseHeNormal(_PresetHe):
 
     Args:
         negative_slope: Slope of the activation for negative inputs: 0 for relu, 0.2 for Keras 3's leaky_relu.
-        granularity: "unit", "layer" or "dense", as in `SparseScaledInit`.
+        granularity: "unit", "effective", "layer" or "dense", as in `SparseScaledInit`.
         mask: None, an array of 0 and 1, or a rule of `keras_sparse_init.masks`.
         sparsity: Float in [0, 1), short for `mask=masks.Random(sparsity)`.
         seed: Non-negative int, `keras.random.SeedGenerator` or None.
@@ -290,7 +314,7 @@ class SparseHeUniform(_PresetHe):
 
     Args:
         negative_slope: Slope of the activation for negative inputs: 0 for relu, 0.2 for Keras 3's leaky_relu.
-        granularity: "unit", "layer" or "dense", as in `SparseScaledInit`.
+        granularity: "unit", "effective", "layer" or "dense", as in `SparseScaledInit`.
         mask: None, an array of 0 and 1, or a rule of `keras_sparse_init.masks`.
         sparsity: Float in [0, 1), short for `mask=masks.Random(sparsity)`.
         seed: Non-negative int, `keras.random.SeedGenerator` or None.
@@ -321,7 +345,7 @@ class SparseGlorotNormal(_Preset):
     var(w) = 2 / (fan_in + fan_out), truncated normal. Without a mask it is Keras's `GlorotNormal`.
 
     Args:
-        granularity: "unit", "layer" or "dense", as in `SparseScaledInit`.
+        granularity: "unit", "effective", "layer" or "dense", as in `SparseScaledInit`.
         mask: None, an array of 0 and 1, or a rule of `keras_sparse_init.masks`.
         sparsity: Float in [0, 1), short for `mask=masks.Random(sparsity)`.
         seed: Non-negative int, `keras.random.SeedGenerator` or None.
@@ -352,7 +376,7 @@ class SparseGlorotUniform(_Preset):
     var(w) = 2 / (fan_in + fan_out), uniform. Without a mask it is Keras's `GlorotUniform`.
 
     Args:
-        granularity: "unit", "layer" or "dense", as in `SparseScaledInit`.
+        granularity: "unit", "effective", "layer" or "dense", as in `SparseScaledInit`.
         mask: None, an array of 0 and 1, or a rule of `keras_sparse_init.masks`.
         sparsity: Float in [0, 1), short for `mask=masks.Random(sparsity)`.
         seed: Non-negative int, `keras.random.SeedGenerator` or None.
@@ -383,7 +407,7 @@ class SparseLecunNormal(_Preset):
     var(w) = 1 / fan_in, truncated normal. Without a mask it is Keras's `LecunNormal`.
 
     Args:
-        granularity: "unit", "layer" or "dense", as in `SparseScaledInit`.
+        granularity: "unit", "effective", "layer" or "dense", as in `SparseScaledInit`.
         mask: None, an array of 0 and 1, or a rule of `keras_sparse_init.masks`.
         sparsity: Float in [0, 1), short for `mask=masks.Random(sparsity)`.
         seed: Non-negative int, `keras.random.SeedGenerator` or None.
@@ -414,7 +438,7 @@ class SparseLecunUniform(_Preset):
     var(w) = 1 / fan_in, uniform. Without a mask it is Keras's `LecunUniform`.
 
     Args:
-        granularity: "unit", "layer" or "dense", as in `SparseScaledInit`.
+        granularity: "unit", "effective", "layer" or "dense", as in `SparseScaledInit`.
         mask: None, an array of 0 and 1, or a rule of `keras_sparse_init.masks`.
         sparsity: Float in [0, 1), short for `mask=masks.Random(sparsity)`.
         seed: Non-negative int, `keras.random.SeedGenerator` or None.

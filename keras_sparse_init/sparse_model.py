@@ -15,6 +15,7 @@ from keras_sparse_init.matching import mask_aware, unaware
 from keras_sparse_init.sampling import derive_seed
 from keras_sparse_init.slots import slots_of
 from keras_sparse_init.table import SparsityRow, SparsityTable
+from keras_sparse_init.topology.paths import live_ends
 from keras_sparse_init.wrapping import Wrapper, check_wrapper, unwrap_kernels, wrap_kernels
 
 
@@ -95,15 +96,17 @@ def reinitialize(model: Any, initializer: Any = None, seed: int | None = None) -
     Args:
         model: A built model with masked kernels.
         initializer: A `SparseScaledInit` (or one of the named ones), or a Keras initializer or its name, whose scale,
-            mode and distribution are then taken. None: each layer's own initializer, in the same way. Of an
-            initializer with a fixed variance (`RandomNormal`, `Orthogonal`, ...) the variance is kept at density 1
-            and grows as the fan-in shrinks.
+            mode and distribution are then taken. With `granularity="effective"` it counts, for the masks that all
+            layers have now, only inputs that get a signal and outputs that pass one on. None: each layer's own
+            initializer, in the same way. Of an initializer with a fixed variance (`RandomNormal`, `Orthogonal`, ...)
+            the variance is kept at density 1 and grows as the fan-in shrinks.
         seed: Non-negative int. Each kernel's seed is derived from it and the kernel's name. When None, the
             initializer's own seed takes its place, or a new one is drawn.
 
     Raises:
-        ValueError: When the model has no masked kernel, or an initializer has no variance to go by (`Zeros`, a
-            constant, a function).
+        ValueError: When the model has no masked kernel, an initializer has no variance to go by (`Zeros`, a constant, a
+            function), or it is "effective" and what the masks connect cannot be read: in a subclassed model, say. No
+            kernel has been changed then.
 
     Example:
         >>> import tf_keras
@@ -123,10 +126,13 @@ def reinitialize(model: Any, initializer: Any = None, seed: int | None = None) -
         for kernel in kernels
     ]
 
+    live = _live_ends(model, scaled)
+
     def draw(kernel: MaskedKernel, initializer: Any, mask: np.ndarray) -> np.ndarray:
         own_seed = initializer.given_seed if seed is None else None
         kernel_seed = derive_seed(drawn_seed if own_seed is None else own_seed, kernel.seed_name)
-        return initializer.draw(kernel.shape, compat.true_dtype(kernel.kernel), mask, kernel.layout, kernel_seed)
+        dtype = compat.true_dtype(kernel.kernel)
+        return initializer.draw(kernel.shape, dtype, mask, kernel.layout, kernel_seed, *live.get(kernel.name, ()))
 
     values = map_blocks(draw, kernels, scaled, [kernel.mask_value() for kernel in kernels])
     for kernel, value in zip(kernels, values, strict=True):
@@ -203,8 +209,11 @@ def sparsify(
 def _mask_and_draw(sparse: Any, sparsity: float, method: Any, rule: Any, initializer: Any, seed: int) -> None:
     kernels = masked_kernels(sparse)
     # Before a kernel is changed, so that a model keeps its weights when an initializer does not fit.
-    for kernel in kernels:
+    drawers = [
         mask_aware(kernel.initializer if initializer is None else initializer, kernel.name, kernel.shape, kernel.layout)
+        for kernel in kernels
+    ]
+    _live_ends(sparse, drawers)
     levels = masks.layer_sparsities({kernel.name: kernel.shape for kernel in kernels}, sparsity, method)
     rules = {
         name: rule(sparsity=level) if isinstance(rule, type) else rule.with_sparsity(level)
@@ -257,6 +266,11 @@ def strip(model: Any) -> Any:
     plain = unwrap_kernels(model)
     traversal.replace_initializers(plain, unaware)
     return plain
+
+
+def _live_ends(model: Any, initializers: Iterable[Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Which ends of the masked kernels are live, where one of the initializers asks for it."""
+    return live_ends(model) if any(drawer.granularity == "effective" for drawer in initializers) else {}
 
 
 def _require_masked(model: Any) -> list[MaskedKernel]:

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from keras_sparse_init.arguments import check_choice, check_finite, check_positive
-from keras_sparse_init.fans import KernelLayout, as_mask, check_shape, dense_fans, fan_in, fan_out, fans
+from keras_sparse_init.fans import KernelLayout, as_mask, check_shape, dense_fans, fan_in, fan_out
 
 Mode = Literal["fan_in", "fan_out", "fan_avg"]
-Granularity = Literal["unit", "layer", "dense"]
+Granularity = Literal["unit", "effective", "layer", "dense"]
 MODES = ("fan_in", "fan_out", "fan_avg")
-GRANULARITIES = ("unit", "layer", "dense")
+GRANULARITIES = ("unit", "effective", "layer", "dense")
 
 _FIXED_GAINS = {
     "linear": 1.0,
@@ -109,11 +109,14 @@ def weight_std(
     scale: float = 1.0,
     mode: Mode = "fan_in",
     granularity: Granularity = "unit",
+    live_inputs: Any = None,
+    live_outputs: Any = None,
 ) -> np.ndarray:
     """Standard deviation of every weight of a kernel: sqrt(scale / fan).
 
-    unit: the fan of the very units that a weight connects (fan_in_j, fan_out_i, or their mean). layer: the dense
-    fan times the layer's density. dense: the dense fan. Fans below 1 count as 1.
+    unit: the fan of the very units that a weight connects (fan_in_j, fan_out_i, or their mean). effective: the same,
+    but fan_in_j counts live inputs only, and fan_out_i live outputs. layer: the dense fan times the layer's density.
+    dense: the dense fan. Fans below 1 count as 1.
 
     Args:
         shape: The kernel's shape.
@@ -121,7 +124,10 @@ def weight_std(
         layout: A `KernelLayout`, a layout name, or None for Keras's convention.
         scale: Positive float, the squared gain.
         mode: "fan_in", "fan_out" or "fan_avg".
-        granularity: "unit", "layer" or "dense".
+        granularity: "unit", "effective", "layer" or "dense".
+        live_inputs: Of "effective", a boolean array that broadcasts to `shape`: whether a weight's input gets a signal.
+            None: all do.
+        live_outputs: The same for outputs that pass a signal on.
 
     Returns:
         A float64 array that broadcasts to `shape`.
@@ -143,12 +149,17 @@ def weight_std(
     shape = check_shape(shape)
     if mask is not None:
         mask = as_mask(mask, shape)
-    if mask is None or granularity != "unit":
+    if mask is None or granularity in ("layer", "dense"):
         density = np.count_nonzero(mask) / mask.size if mask is not None and granularity == "layer" else 1.0
         dense_in, dense_out = dense_fans(shape, layout)
         fan = {"fan_in": dense_in, "fan_out": dense_out, "fan_avg": (dense_in + dense_out) / 2.0}[mode] * density
-    elif mode == "fan_avg":
-        fan = sum(fans(mask, layout)) / 2.0
     else:
-        fan = fan_in(mask, layout) if mode == "fan_in" else fan_out(mask, layout)
+        counted_in = counted_out = mask
+        if granularity == "effective":
+            counted_in = mask if live_inputs is None else mask & live_inputs
+            counted_out = mask if live_outputs is None else mask & live_outputs
+        if mode == "fan_avg":
+            fan = (fan_in(counted_in, layout) + fan_out(counted_out, layout)) / 2.0
+        else:
+            fan = fan_in(counted_in, layout) if mode == "fan_in" else fan_out(counted_out, layout)
     return np.sqrt(scale / np.maximum(fan, 1.0))

@@ -41,6 +41,7 @@ ORDER = (
     "watching",
     "batches",
     "samples",
+    "topology",
     "wrapping",
     "sparse_model",
     "mask_updates",

@@ -224,7 +224,7 @@ def uneven_mask(rows=300, columns=200):
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("mode", ["fan_in", "fan_out", "fan_avg"])
-@pytest.mark.parametrize("granularity", ["unit", "layer", "dense"])
+@pytest.mark.parametrize("granularity", ["unit", "effective", "layer", "dense"])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_the_arguments_reach_the_values(scale, mode, granularity, distribution):
     init = SparseScaledInit(scale, mode, distribution, granularity, seed=1)
@@ -289,7 +289,7 @@ def test_he_takes_the_slope_of_leaky_relu(slope, scale, name):
 
 
 @every_initializer
-@pytest.mark.parametrize("granularity", ["unit", "layer", "dense"])
+@pytest.mark.parametrize("granularity", ["unit", "effective", "layer", "dense"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_weights_off_the_mask_are_exactly_0_and_units_without_inputs_are_all_0(cls, granularity, dtype):
     kernel = values(cls(granularity=granularity, seed=1), mask=MASK, dtype=dtype)
@@ -298,7 +298,7 @@ def test_weights_off_the_mask_are_exactly_0_and_units_without_inputs_are_all_0(c
 
 
 @every_initializer
-@pytest.mark.parametrize("granularity", ["unit", "layer", "dense"])
+@pytest.mark.parametrize("granularity", ["unit", "effective", "layer", "dense"])
 def test_an_empty_mask_gives_a_kernel_of_zeros(cls, granularity):
     assert not values(cls(granularity=granularity, seed=1), mask=np.zeros((5, 4))).any()
 

@@ -242,7 +242,7 @@ def test_the_config_is_the_default_grid_as_its_header_says():
         ("SPARSITIES=(0.9, 0.9)", "`sparsities` must differ"),
         ("MASKS=('random',)", "`masks` must be one of 'uniform', 'heterogeneous'.*'random'"),
         ("MASKS='uniform'", "`masks` must be a list of one or more"),
-        ("INITS=('units',)", "`inits` must be one of 'unit', 'layer', 'dense'.*'units'"),
+        ("INITS=('units',)", "`inits` must be one of 'unit', 'effective', .*'units'"),
         ("REPEATS=0", "`repeats` must be a positive integer.*0"),
         ("INPUTS=2.5", "`inputs` must be a positive integer.*2.5"),
         ("SEED=-1", "`seed` must be a non-negative int"),

@@ -7,7 +7,7 @@ import tensorflow as tf
 import tf_keras
 
 from keras_sparse_init import Masked, compat, masked_kernels, sparsify
-from keras_sparse_init.signal.topology import live_inputs, topology
+from keras_sparse_init.topology.paths import live_ends, topology
 from keras_sparse_init.watching import watch
 
 BOTH = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
@@ -78,18 +78,21 @@ def test_what_is_dead_in_a_perceptron_by_hand():
     assert (b.off_input, b.off_output) == (1, 1)  # Unit 2 hears of the dead unit alone, and leads nowhere.
     assert (b.without_input, b.without_output) == (0, 1)
     assert (a.effective_nonzeros, b.effective_nonzeros, c.effective_nonzeros) == (2, 2, 2)
-    live = live_inputs(model)
-    np.testing.assert_array_equal(live["b/kernel"], [[True], [True], [False], [True]])
-    np.testing.assert_array_equal(live["c/kernel"], [[True], [True], [False]])
-    other = live_inputs(model, {"a/kernel": np.eye(3, 4)})
-    np.testing.assert_array_equal(other["b/kernel"], [[True], [True], [True], [False]])
-    np.testing.assert_array_equal(live_inputs(model)["b/kernel"], live["b/kernel"])
+    live = {name: tuple(end.ravel().tolist() for end in ends) for name, ends in live_ends(model).items()}
+    assert live == {
+        "a/kernel": ([True] * 3, [True, False, True, True]),
+        "b/kernel": ([True, True, False, True], [True, True, False]),
+        "c/kernel": ([True, True, False], [True]),
+    }
+    # With unit 3 of the first layer in place of unit 0, other paths.
+    found = topology(model, {"a/kernel": np.eye(3, 4)}).kernels
+    assert [kernel.off_input for kernel in found] == [1, 0, 0]
 
 
 def test_masks_given_must_be_those_of_kernels():
     model = keras.Sequential([keras.layers.Input((3,)), Masked(keras.layers.Dense(2, name="a"), sparsity=0.5, seed=0)])
     with pytest.raises(ValueError, match="unknown kernel 'b/kernel'"):
-        live_inputs(model, {"b/kernel": np.ones((3, 2))})
+        topology(model, {"b/kernel": np.ones((3, 2))})
     with pytest.raises(ValueError, match="must have the kernel's shape"):
         topology(model, {"a/kernel": np.ones((2, 2))})
 
@@ -112,7 +115,8 @@ def test_what_cannot_be_read_is_listed_and_connects_everything(library):
     assert [entry.off_input for entry in inside] == [None, None]
     assert [(entry.units, entry.inputs) for entry in inside] == [(12, 5), (12, 3)]
     assert found.effective_sparsity is None
-    assert set(live_inputs(model)) == {"dense/kernel", "out/kernel"}
+    with pytest.raises(ValueError, match=r"must be readable.*lstm \(LSTM\)"):
+        live_ends(model)
 
 
 @BOTH
@@ -151,3 +155,23 @@ def test_every_call_of_a_nested_model_and_lengths_that_are_not_known_are_read():
     # What a unit is cut off from in every call counts, not in one.
     assert (entry.off_input, entry.off_output, entry.effective_nonzeros) == (2, 0, 2)
     assert out.effective_nonzeros == 1
+
+
+class Doubled(keras.layers.Layer):
+    """A layer of the user's own."""
+
+    def call(self, inputs):
+        return inputs * 2
+
+
+@pytest.mark.parametrize("mask", ["full", "dead"])
+def test_live_ends_are_known_behind_an_unread_layer_only_when_it_hides_no_dead_unit(mask):
+    L = keras.layers
+    first = np.ones((3, 4)) if mask == "full" else np.eye(3, 4)
+    layers = [Masked(L.Dense(4, name="a"), mask=first), Doubled(name="doubled"), Masked(L.Dense(1, name="b"))]
+    model = keras.Sequential([L.Input((3,)), *layers])
+    if mask == "full":
+        assert all(end.all() for ends in live_ends(model).values() for end in ends)
+    else:
+        with pytest.raises(ValueError, match=r"doubled \(Doubled\)$"):
+            live_ends(model)

@@ -133,7 +133,7 @@ def test_dense_std_does_not_look_at_the_mask(mode, fan, scale, mask):
     np.testing.assert_array_equal(full_std(mask, scale=scale, mode=mode, granularity="dense"), expected)
 
 
-@pytest.mark.parametrize("granularity", ["unit", "layer", "dense"])
+@pytest.mark.parametrize("granularity", ["unit", "effective", "layer", "dense"])
 @pytest.mark.parametrize("mode", ["fan_in", "fan_out", "fan_avg"])
 @pytest.mark.parametrize(
     ("layout", "shape"),
@@ -156,7 +156,7 @@ def test_an_all_ones_mask_changes_nothing_in_any_granularity(granularity, mode, 
     np.testing.assert_array_equal(np.broadcast_to(masked, shape), np.broadcast_to(dense, shape))
 
 
-@pytest.mark.parametrize("granularity", ["unit", "layer", "dense"])
+@pytest.mark.parametrize("granularity", ["unit", "effective", "layer", "dense"])
 @pytest.mark.parametrize("mode", ["fan_in", "fan_out", "fan_avg"])
 def test_an_empty_mask_gives_a_finite_std(granularity, mode):
     fan = {"fan_in": 5, "fan_out": 4, "fan_avg": 4.5}[mode] if granularity == "dense" else 1
@@ -186,7 +186,7 @@ def test_unit_std_follows_the_layout(layout, shape, axes):
     np.testing.assert_array_equal(np.broadcast_to(std, shape), np.broadcast_to(expected, shape))
 
 
-@pytest.mark.parametrize("granularity", ["unit", "layer", "dense"])
+@pytest.mark.parametrize("granularity", ["unit", "effective", "layer", "dense"])
 def test_an_embeddings_std_in_fan_in_mode_is_the_root_of_scale(granularity):
     std = full_std(MASK, "embedding", scale=3.0, granularity=granularity)
     np.testing.assert_array_equal(std, np.full((5, 4), math.sqrt(3)))
@@ -210,7 +210,10 @@ def test_std_is_float64_and_broadcasts_to_the_kernel():
         ({"scale": True}, "scale=True"),
         ({"mode": "fan"}, "`mode` must be one of 'fan_in', 'fan_out', 'fan_avg'. Received: mode='fan'"),
         ({"mode": None}, "mode=None"),
-        ({"granularity": "units"}, "`granularity` must be one of 'unit', 'layer', 'dense'.*granularity='units'"),
+        (
+            {"granularity": "units"},
+            "`granularity` must be one of 'unit', 'effective', 'layer', 'dense'.*='units'",
+        ),
         ({"mask": np.ones((4, 5))}, r"`mask`.*\(5, 4\).*\(4, 5\)"),
         ({"mask": 2 * np.ones((5, 4))}, "`mask` must consist of 0 and 1"),
         ({"layout": "lstn"}, "kernel_layout='lstn'"),

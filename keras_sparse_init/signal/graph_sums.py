@@ -163,7 +163,7 @@ class GraphSums:
 
 
 def _over_samples(matrix: Any, weights: Any) -> Any:
-    """The weighted sum of the rows, as a product: BLAS sums columns several times as fast as TensorFlow's reductions."""
+    """The weighted sum of the rows, as a product: BLAS sums columns faster than TensorFlow's reductions."""
     return tf.linalg.matvec(matrix, weights, transpose_a=True)
 
 

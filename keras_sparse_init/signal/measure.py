@@ -19,7 +19,7 @@ from keras_sparse_init.signal.moments import Moments
 from keras_sparse_init.signal.objective import Objective
 from keras_sparse_init.signal.probe import Probe
 from keras_sparse_init.signal.report import KernelSignal, SignalReport
-from keras_sparse_init.signal.topology import Topology, topology
+from keras_sparse_init.topology.paths import Topology, topology
 from keras_sparse_init.watching import left_as_it_is
 
 

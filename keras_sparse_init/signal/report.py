@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from keras_sparse_init.arguments import check_choice
-from keras_sparse_init.signal.connectivity import KernelTopology
 from keras_sparse_init.signal.diagnosis import diagnose
 from keras_sparse_init.signal.moments import Spread
 from keras_sparse_init.signal.plot import figure_of
 from keras_sparse_init.table import laid_out
+from keras_sparse_init.topology.connectivity import KernelTopology
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ class SignalGrid:
     Args:
         masks: Families of masks: "uniform" (`masks.Random`), "heterogeneous" (`masks.Heterogeneous`).
         sparsities: Sparsities in [0, 1).
-        inits: What the kernels are scaled by: "dense" (the mask only zeroes), "unit", "layer".
+        inits: What the kernels are scaled by: "dense" (the mask only zeroes), "unit", "layer", "effective".
         repeats: Networks of each kind.
         inputs: Images that each network gets.
         scale: The squared gain; 2 is He's for relu.
@@ -131,4 +131,10 @@ class SignalGrid:
         from keras_sparse_init.initializers import SparseScaledInit
 
         initializer = SparseScaledInit.seeded_later(self.scale, "fan_in", "untruncated_normal", init)
-        return [initializer.draw(m.shape, "float32", m, None, s) for s, m in zip(seeds, drawn, strict=True)]
+        kernels, live = [], np.ones(INPUT_SHAPE[-1], bool)
+        for mask, seed in zip(drawn, seeds, strict=True):
+            # Where an image is flattened, its channels repeat from position to position.
+            inputs = np.resize(live, mask.shape[-2])[:, None]
+            kernels.append(initializer.draw(mask.shape, "float32", mask, None, seed, inputs))
+            live = (mask & inputs).any(axis=tuple(range(mask.ndim - 1)))
+        return kernels

@@ -17,11 +17,12 @@ from keras_sparse_init.training.report import format_table
 
 Measure = Literal["output_std", "unit_std"]
 _TITLES = {"output_std": "std(output)", "unit_std": "mean(std per unit)"}
-_COLORS = {"dense": "C0", "unit": "C1", "layer": "C2"}
+_COLORS = {"dense": "C0", "unit": "C1", "layer": "C2", "effective": "C3"}
 
 _LEGEND = """std(output): over inputs and units; std per unit: over inputs, mean over the units of the dense layers
 both: median, quartiles and mean over the networks of a row; dead: networks whose outputs are all 0, which count as 0
-init: weights scaled by the dense fan-in ("dense"), each unit's own ("unit"), the layer's mean ("layer")"""
+init: weights scaled by the dense fan-in ("dense"), each unit's own ("unit"), by its live inputs ("effective"), or by
+the layer's mean ("layer")"""
 
 _MOST_TICKS = 6  # Sparsities for whose labels a panel has room.
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from keras_sparse_init import compat, fans, traversal
 from keras_sparse_init.masked_kernel import MaskedKernel, masked_kernels
-from keras_sparse_init.signal import connectivity
-from keras_sparse_init.signal.links import Concatenated, Kernel, Link, Permuted, Pooled, Reshaped, UnitByUnit, Unread
+from keras_sparse_init.topology import connectivity
+from keras_sparse_init.topology.links import Concatenated, Kernel, Link, Permuted, Pooled, Reshaped, UnitByUnit, Unread
 
 _UNIT_BY_UNIT = set(
     "InputLayer Activation ReLU LeakyReLU PReLU ELU ThresholdedReLU Softmax BatchNormalization LayerNormalization "
@@ -43,12 +43,17 @@ class Graph:
         self._names = {id(_raw(kernel.kernel)): kernel.name for kernel in self.kernels}
         self._links: list[Link] = []
         self.not_read: dict[str, str] = {}
+        self._unread: list[tuple[str, Unread]] = []
         if self.kernels and (ends := self._read(model, None)):
             _follow(self._links, ends)
 
     def uses(self, kernel: MaskedKernel) -> list[Kernel]:
         """The links of a kernel: one for each call of its layer."""
         return [link for link in self._links if isinstance(link, Kernel) and link.name == kernel.name]
+
+    def mixing(self) -> set[str]:
+        """The names of the layers that cannot be read and get, or pass on, live units beside dead ones."""
+        return {name for name, link in self._unread if link.mixes}
 
     def _read(self, model: Any, starts: list[Any] | None) -> list[Any]:
         """Adds the links of a call of a model; returns the keys of its outputs, none if it has no graph.
@@ -94,6 +99,7 @@ class Graph:
         if links is None:
             self.not_read[layer.name] = type(layer).__name__
             links = [Unread(inputs, outputs, shapes)]
+            self._unread.append((layer.name, links[0]))
         self._links += links
 
     def _links_of(self, layer: Any, inputs: list[Any], outputs: list[Any], shapes: list[Any]) -> list[Link] | None:

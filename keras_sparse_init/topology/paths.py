@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from keras_sparse_init.signal import connectivity
-from keras_sparse_init.signal.connectivity import KernelTopology
-from keras_sparse_init.signal.graph import Graph
+from keras_sparse_init.topology import connectivity
+from keras_sparse_init.topology.connectivity import KernelTopology
+from keras_sparse_init.topology.graph import Graph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def topology(model: Any, masks: Mapping[str, np.ndarray] | None = None) -> Topol
     Example:
         >>> import keras, numpy as np
         >>> from keras_sparse_init import Masked
-        >>> from keras_sparse_init.signal.topology import topology
+        >>> from keras_sparse_init.topology.paths import topology
         >>> L = keras.layers
         >>> first = Masked(L.Dense(2, name="a"), mask=np.array([[1, 0], [1, 0]]))
         >>> second = Masked(L.Dense(1, name="b"), mask=np.array([[1], [1]]))
@@ -85,37 +85,50 @@ def topology(model: Any, masks: Mapping[str, np.ndarray] | None = None) -> Topol
     return Topology(tuple(kernels), graph.not_read)
 
 
-def live_inputs(model: Any, masks: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-    """For each masked kernel whose place in the model can be read, which of its input units are alive.
+def live_ends(model: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """For each masked kernel which of its input units get a signal, and which of its output units pass one on.
 
-    An input unit is alive when a path of unmasked weights leads to it from an input of the model. In several calls of
-    a layer it is when it is in one of them.
+    An input unit is live when a path of unmasked weights leads to it from an input of the model, an output unit when
+    one leads from it to an output of the model; of a layer that is called several times when it is so in any call.
 
     Args:
         model: A built model of either Keras.
-        masks: Masks to take in place of the model's own, by the names of `masked_kernels`.
 
     Returns:
-        For names of `masked_kernels` a boolean array that broadcasts to the kernel: `mask & live` has the weights that
-        get a signal.
+        By the names of `masked_kernels` two boolean arrays that broadcast to the kernel.
+
+    Raises:
+        ValueError: When the place of a masked kernel in the model cannot be read, or units of which some are dead pass
+            a layer that cannot be read: what comes out of it would not be known.
 
     Example:
         >>> import keras, numpy as np
         >>> from keras_sparse_init import Masked
-        >>> from keras_sparse_init.signal.topology import live_inputs
+        >>> from keras_sparse_init.topology.paths import live_ends
         >>> L = keras.layers
         >>> first = Masked(L.Dense(2, name="a"), mask=np.array([[1, 0], [1, 0]]))
         >>> model = keras.Sequential([L.Input((2,)), first, Masked(L.Dense(1, name="b"))])
-        >>> live_inputs(model)["b/kernel"].tolist()
+        >>> live_ends(model)["b/kernel"][0].tolist()
         [[True], [False]]
     """
-    graph = Graph(model, masks)
-    found = {}
+    graph = Graph(model, None)
+    unplaced = [kernel.name for kernel in graph.kernels if not graph.uses(kernel)]
+    mixing = graph.mixing()
+    if unplaced or mixing:
+        why = {name: kind for name, kind in graph.not_read.items() if unplaced or name in mixing}
+        raise ValueError(
+            "What the masks connect must be readable: of Sequential and functional models of layers that are known "
+            f"(dense, convolution, embedding, pooling, merging, ...). Received: the model {model.name!r}, of which "
+            f"cannot be read: {', '.join(f'{name} ({kind})' for name, kind in why.items())}"
+        )
+    ends = {}
     for kernel in graph.kernels:
-        live = _any([use.live for use in graph.uses(kernel)])
-        if live is not None:
-            found[kernel.name] = connectivity.inputs_on_kernel(live, kernel.shape, kernel.layout)
-    return found
+        live, needed = (_any([getattr(use, name) for use in graph.uses(kernel)]) for name in ("live", "needed"))
+        ends[kernel.name] = (
+            connectivity.inputs_on_kernel(live, kernel.shape, kernel.layout),
+            connectivity.outputs_on_kernel(needed, kernel.shape, kernel.layout),
+        )
+    return ends
 
 
 def _any(arrays: list[np.ndarray]) -> np.ndarray | None:

@@ -29,7 +29,7 @@ def inputs_on_kernel(inputs: np.ndarray, shape: tuple[int, ...], layout: KernelL
 
     Example:
         >>> import numpy as np
-        >>> from keras_sparse_init.signal.connectivity import inputs_on_kernel
+        >>> from keras_sparse_init.topology.connectivity import inputs_on_kernel
         >>> from keras_sparse_init.fans import kernel_layout
         >>> inputs_on_kernel(np.array([True, False]), (2, 3), kernel_layout("dense", (2, 3))).tolist()
         [[True], [False]]

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from keras_sparse_init.fans import KernelLayout
-from keras_sparse_init.signal import connectivity
+from keras_sparse_init.topology import connectivity
 
 Shape = tuple[int | None, ...]
 
@@ -40,16 +40,23 @@ class Link:
 
 
 class Unread(Link):
-    """Everything with everything; a model's input when nothing goes in."""
+    """Everything with everything; a model's input when nothing goes in.
+
+    After `forward` and `backward`, `mixes` says whether that has hidden which units are connected and which are not.
+    """
+
+    mixes = False
 
     def forward(self, values: list[np.ndarray]) -> list[np.ndarray]:
         """True everywhere if anything that goes in is."""
         alive = not values or any(value.any() for value in values)
+        self.mixes |= _differ(values)
         return [np.full((1,) * len(shape), alive) for shape in self.shapes[len(self.inputs) :]]
 
     def backward(self, values: list[np.ndarray]) -> list[np.ndarray]:
         """True everywhere if anything that comes out is."""
         needed = any(value.any() for value in values)
+        self.mixes |= bool(self.inputs) and _differ(values)
         return [np.full((1,) * len(shape), needed) for shape in self.shapes[: len(self.inputs)]]
 
 
@@ -188,6 +195,11 @@ class Kernel(Link):
         shape = self.mask.shape
         live = connectivity.inputs_on_kernel(self.live, shape, self.layout)
         return self.mask & live & connectivity.outputs_on_kernel(self.needed, shape, self.layout)
+
+
+def _differ(values: list[np.ndarray]) -> bool:
+    """Whether some of the booleans are True and others not."""
+    return any(value.any() for value in values) and not all(value.all() for value in values)
 
 
 def _units(value: np.ndarray, axis: int) -> np.ndarray:
