@@ -21,7 +21,13 @@ from pruning_checks import Recorder, X, Y, assert_same, fit, kernels, mask_value
 
 from keras_sparse_init import Masked, SparseHeNormal, masked_kernels, masks, sparsify, strip
 from keras_sparse_init.fans import kernel_layout
-from keras_sparse_init.mask_updates.magnitude import global_magnitude_masks, kept, magnitude_mask
+from keras_sparse_init.mask_updates.magnitude import (
+    global_magnitude_masks,
+    kept,
+    lamp_masks,
+    lamp_scores,
+    magnitude_mask,
+)
 from keras_sparse_init.mask_updates.pruning import ConstantSparsity, MagnitudePruning, PolynomialDecay, magnitude_prune
 from keras_sparse_init.slots import slots_of
 
@@ -312,6 +318,43 @@ def test_global_pruning_empties_no_kernel():
     assert np.abs(arrays[1][found[1] == 1]) == np.abs(arrays[1]).max()
     # The budget is smaller than the number of kernels.
     assert [int(mask.sum()) for mask in global_magnitude_masks(arrays, 0.999)] == [1, 1, 1]
+
+
+def test_lamp_scores_by_the_definition():
+    weights = random_kernel((4, 5))
+    squares = np.square(weights.astype(np.float64))
+    expected = [s / squares[squares >= s].sum() for s in squares.ravel()]
+    np.testing.assert_allclose(lamp_scores(weights).ravel(), expected, rtol=1e-6)
+    # The scores of a kernel do not depend on its scale, however small.
+    np.testing.assert_allclose(lamp_scores(1e-25 * weights).ravel(), expected, rtol=1e-4)
+    assert lamp_scores(weights).max() == 1
+    assert not lamp_scores(np.zeros((3, 2))).any()
+    # Of equals the first come first; what is not a number is not hidden.
+    np.testing.assert_allclose(lamp_scores(np.array([2.0, -2.0, 1.0])), [1, 1 / 2, 1 / 9])
+    assert lamp_scores(np.array([2.0, np.nan, 1.0])).tolist() == [1, np.inf, 1 / 5]
+
+
+def test_lamp_spreads_zeros_whatever_the_scales_of_the_kernels():
+    """Where one threshold for all would leave single weights of the small kernel, see above."""
+    arrays = [random_kernel((20, 10)), 1e-6 * random_kernel((5, 4), 1), np.zeros((3, 3))]
+    found = lamp_masks(arrays, 0.9)
+    assert sum(int(mask.sum()) for mask in found) == kept(229, 0.9)
+    assert found[1].sum() > 3
+    scores = np.concatenate([lamp_scores(array).ravel() for array in arrays[:2]])
+    chosen = np.concatenate([mask.ravel() for mask in found[:2]]) == 1
+    assert scores[chosen].min() >= scores[~chosen].max()
+    rescaled = lamp_masks([1e3 * arrays[0], arrays[1], arrays[2]], 0.9)
+    for mask, expected in zip(rescaled, found, strict=True):
+        np.testing.assert_array_equal(mask, expected)
+
+
+@LIBRARIES
+def test_pruning_by_lamp_meets_the_sparsity_of_all_kernels_together(library):
+    model = network(library)
+    fit(model, MagnitudePruning(ConstantSparsity(0.7, 1, 1), "lamp"), epochs=1)
+    found = mask_values(model)
+    assert sum(int(mask.sum()) for mask in found) == kept(sum(mask.size for mask in found), 0.7)
+    assert len({round(float(mask.mean()), 2) for mask in found}) > 1
 
 
 @LIBRARIES
@@ -633,6 +676,11 @@ def test_replicas_have_the_same_masks(request):
         (lambda: MagnitudePruning(ConstantSparsity(0.5, 0), rule=masks.NM), TypeError, "`rule` must be None or an"),
         (
             lambda: MagnitudePruning(ConstantSparsity(0.5, 0), "global", masks.NM(2, 4)),
+            ValueError,
+            "`rule` needs `scope='layer'`",
+        ),
+        (
+            lambda: MagnitudePruning(ConstantSparsity(0.5, 0), "lamp", masks.NM(2, 4)),
             ValueError,
             "`rule` needs `scope='layer'`",
         ),

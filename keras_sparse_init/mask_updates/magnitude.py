@@ -130,19 +130,64 @@ def global_magnitude_masks(weights: Sequence[Any], sparsity: float) -> list[np.n
     Reference:
         Blalock et al. 2020, What is the State of Neural Network Pruning?, arXiv:2003.03033 (global magnitude pruning).
     """
-    sparsity = check_sparsity(sparsity)
-    magnitudes = [magnitudes_of(array) for array in weights]
-    filled = [array for array in magnitudes if array.size]
+    return _masks_of_the_largest([magnitudes_of(array) for array in weights], check_sparsity(sparsity))
+
+
+def lamp_masks(weights: Sequence[Any], sparsity: float) -> list[np.ndarray]:
+    """The masks that keep the weights with the largest LAMP scores of several kernels together.
+
+    score(w_u) = w_u^2 / sum_v w_v^2, the sum over the weights v of the same kernel that are no smaller than w_u. In a
+    kernel the order is that of magnitudes; between kernels their scales do not count, so that none collapses because
+    its weights are small. As many weights are kept as by `global_magnitude_masks`.
+
+    Args:
+        weights: The kernels.
+        sparsity: Fraction of zeros over all kernels together, in [0, 1).
+
+    Returns:
+        A uint8 array of 0 and 1 for every kernel.
+
+    Raises:
+        ValueError: When the sparsity is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from keras_sparse_init.mask_updates.magnitude import lamp_masks
+        >>> lamp_masks([np.array([5.0, 4.0, 3.0]), np.array([0.2, 0.1, 0.1])], 0.5)
+        [array([1, 1, 0], dtype=uint8), array([1, 0, 0], dtype=uint8)]
+
+    Reference:
+        Lee et al. 2021, Layer-adaptive Sparsity for the Magnitude-based Pruning, arXiv:2010.07611, equation (4).
+    """
+    return _masks_of_the_largest([lamp_scores(array) for array in weights], check_sparsity(sparsity))
+
+
+def lamp_scores(weights: Any) -> np.ndarray:
+    """The LAMP scores of a kernel, see `lamp_masks`: a float64 array of its shape; NaN counts as infinitely large."""
+    magnitudes = magnitudes_of(weights).astype(np.float64).reshape(-1)
+    largest = magnitudes.max(initial=0.0, where=np.isfinite(magnitudes))
+    # Scores do not depend on the scale, but squares of tiny weights would underflow.
+    squares = np.square(magnitudes / largest if largest else magnitudes)
+    order = np.argsort(-magnitudes, kind="stable")
+    sums = np.cumsum(np.where(np.isfinite(squares), squares, 0.0)[order])
+    scores = np.empty_like(squares)
+    scores[order] = np.divide(squares[order], sums, out=squares[order].copy(), where=sums > 0)
+    return scores.reshape(np.shape(weights))
+
+
+def _masks_of_the_largest(scores: list[np.ndarray], sparsity: float) -> list[np.ndarray]:
+    """Masks of the largest scores, together; every kernel keeps its largest."""
+    filled = [array for array in scores if array.size]
     if not filled:
-        return [np.ones(array.shape, np.uint8) for array in magnitudes]
+        return [np.ones(array.shape, np.uint8) for array in scores]
     together = np.concatenate([array.ravel() for array in filled])
     starts = np.cumsum([0, *(array.size for array in filled[:-1])])
     largest = starts + [array.argmax() for array in filled]
     # Chosen before all others.
     together[largest] = np.inf
     mask = _largest(together, max(kept(together.size, sparsity), len(filled)), axis=0).view(np.uint8)
-    parts = np.split(mask, np.cumsum([array.size for array in magnitudes])[:-1])
-    return [part.reshape(array.shape) for part, array in zip(parts, magnitudes, strict=True)]
+    parts = np.split(mask, np.cumsum([array.size for array in scores])[:-1])
+    return [part.reshape(array.shape) for part, array in zip(parts, scores, strict=True)]
 
 
 def magnitudes_of(weights: Any) -> np.ndarray:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from keras_sparse_init import compat
 from keras_sparse_init.mask_updates.base_callback import MaskCallback, require_masked
-from keras_sparse_init.mask_updates.magnitude import check_pattern, check_rule, global_magnitude_masks, magnitude_mask
+from keras_sparse_init.mask_updates.magnitude import (
+    check_pattern,
+    check_rule,
+    global_magnitude_masks,
+    lamp_masks,
+    magnitude_mask,
+)
 from keras_sparse_init.masked_kernel import MaskedKernel
 from keras_sparse_init.schedules import ConstantSparsity, PolynomialDecay, PruningSchedule
 from keras_sparse_init.slots import slots_of
@@ -18,7 +24,7 @@ from keras_sparse_init.variance import check_choice
 
 __all__ = ["ConstantSparsity", "MagnitudePruning", "PolynomialDecay", "PruningSchedule", "magnitude_prune"]
 
-Scope = Literal["layer", "global"]
+Scope = Literal["layer", "global", "lamp"]
 
 
 def magnitude_prune(model: Any, sparsity: float, scope: Scope = "layer", rule: Any = None) -> None:
@@ -50,8 +56,8 @@ def magnitude_prune(model: Any, sparsity: float, scope: Scope = "layer", rule: A
     _check_arguments(scope, rule)
     kernels = require_masked(model)
     weights = [compat.to_numpy("kernel", kernel.kernel) for kernel in kernels]
-    if scope == "global":
-        new = global_magnitude_masks(weights, sparsity)
+    if scope != "layer":
+        new = (lamp_masks if scope == "lamp" else global_magnitude_masks)(weights, sparsity)
         _warn_of_collapse(kernels, new)
     else:
         new = [
@@ -92,7 +98,9 @@ class MagnitudePruning(MaskCallback):
             `(should_prune, sparsity)`; tfmot's schedules will do.
         scope: "layer": every kernel has the schedule's sparsity, and the mask that tfmot would give it. "global": all
             kernels together, by one threshold and to the exact number. Each kernel then keeps at least its largest
-            weight, with a warning when that is all it keeps.
+            weight, with a warning when that is all it keeps. "lamp": the same with the scores of LAMP in place of
+            magnitudes: w^2 / (sum of the squares of the weights of the kernel that are no smaller), which spreads the
+            zeros over the layers without a hyperparameter.
         rule: None; or a rule of `keras_sparse_init.masks` whose pattern the masks shall have, filled by magnitude with
             the schedule's sparsity: `ConstantFanIn`, `Block`, or `NM`, whose n also limits the sparsity. See
             `magnitude.magnitude_mask`. With scope "layer" only.
@@ -115,7 +123,7 @@ class MagnitudePruning(MaskCallback):
 
     Reference:
         Zhu and Gupta 2017, To prune, or not to prune: exploring the efficacy of pruning for model compression,
-        arXiv:1710.01878.
+        arXiv:1710.01878. LAMP: Lee et al. 2021, arXiv:2010.07611, equation (4).
     """
 
     def __init__(self, schedule: Callable[[int], tuple[Any, Any]], scope: Scope = "layer", rule: Any = None) -> None:
@@ -146,9 +154,9 @@ class MagnitudePruning(MaskCallback):
 
 
 def _check_arguments(scope: Any, rule: Any) -> None:
-    check_choice("scope", scope, ("layer", "global"))
+    check_choice("scope", scope, get_args(Scope))
     check_rule(rule)
-    if scope == "global" and rule is not None:
+    if scope != "layer" and rule is not None:
         raise ValueError(f"`rule` needs `scope='layer'`: a pattern is one of each kernel. Received: rule={rule}")
 
 
