@@ -128,9 +128,8 @@ class _Watched(Prune):
 def test_pruning_updates_the_masks_right_before_the_steps_of_the_schedule_and_no_others(data, tmp_path, keras):
     experiment = _Watched(0.8, begin_step=4, end_step=10, frequency=3)
     experiment.found.clear()
-    # tfmot prunes inside an execution of several steps, and is seen in executions of one only.
-    log_every = 1 if keras == "tf_keras" else 12
-    settings = small_settings(steps=12, log_every=log_every, keras=keras)
+    # In executions of one step, each is seen. That others do the same: test_steps.py.
+    settings = small_settings(steps=12, log_every=1, keras=keras)
     train(small_network, data, experiment, output_dir=tmp_path, **settings)
     # 0.8 - 0.8 (1 - p)^3 at p = 0, 1/2, 1; a kernel of 6 x 20 or less is rounded.
     assert experiment.found == pytest.approx([0] * 6 + [0.7] * 3 + [0.8] * 3, abs=0.01)

@@ -18,7 +18,13 @@ class MaskCallback(compat.Callback):
     execution follows it: of several the last one. Weights off the masks are set to 0, should something move them.
 
     A subclass says what is due at a step, in `due`, and changes the masks, in `change_masks`.
+
+    Attributes:
+        most_updates: The most updates that what Keras calls a batch makes. None: the most that were seen so far, right
+            as long as each makes as many.
     """
+
+    most_updates: int | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +45,8 @@ class MaskCallback(compat.Callback):
     def _start(self) -> None:
         self._read_at: int | None = None  # The optimizer's iterations when they were last read, which takes time.
         self._batches = 0  # Batches since then.
-        self._rate: int | None = None  # The most updates that a batch can have made; a `train_step` may make several.
+        # The most updates that a batch can have made; a `train_step` may make several.
+        self._rate: int | None = self.most_updates
         self._begun = 0  # Index of the first batch of the execution.
         self._seen = 0  # The last step that `due` was asked about.
         self._due: list[tuple[int, Any]] = []  # What is yet to be done, with its step.

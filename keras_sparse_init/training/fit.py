@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from keras_sparse_init.training import checkpoints
 from keras_sparse_init.training.data import Data
 from keras_sparse_init.training.optimizers import make_optimizer
 from keras_sparse_init.training.progress import COLUMNS, Progress
+from keras_sparse_init.training.steps import as_dataset, train_in_blocks
 
-# Small models spend most of a step on the way into TensorFlow: 25 steps an execution are 1.05 to 1.9 times as fast.
+# Small models spend most of a step on the way into TensorFlow: see benchmarks/train.py.
 _STEPS_PER_EXECUTION = 25
 _TEST_BATCH = 500
 _PROBE = 256
@@ -42,9 +43,12 @@ class Fit:
         names = ("learning_rate", "steps", "momentum", "weight_decay", "clip_norm")
         self._loss = library.losses.SparseCategoricalCrossentropy(from_logits=True)
         # Between executions only can such a callback change masks, and it is to do so at the steps of its schedule.
-        exact = any(isinstance(callback, MaskCallback) for callback in callbacks)
+        self._scheduled = [callback for callback in callbacks if isinstance(callback, MaskCallback)]
+        # Several devices share a batch, which is Keras's to do; other backends have compiled functions of their own.
+        several = settings.get("replicas", 1) > 1
+        self._in_blocks = not several and compat.backend_of(model) == "tensorflow"
         # Keras 3 does not run several steps in one execution on several devices: TensorFlow misses a placeholder.
-        single = exact or (settings.get("replicas", 1) > 1 and settings["keras"] == "keras")
+        single = self._in_blocks or self._scheduled or (several and settings["keras"] == "keras")
         self._per_execution = 1 if single else min(_STEPS_PER_EXECUTION, settings["log_every"])
         model.compile(
             optimizer=make_optimizer(
@@ -105,8 +109,7 @@ class Fit:
                 save()
             try:
                 if saved < steps:
-                    following = _Following(follow, saved, steps, self._per_execution)
-                    model.fit(self.batches(saved), callbacks=[*self._callbacks, following], verbose=0, shuffle=False)
+                    self._train(saved, follow)
             except KeyboardInterrupt:
                 # JAX may have given up the variables of an interrupted step: the checkpoint before stands then.
                 with contextlib.suppress(RuntimeError):
@@ -117,22 +120,48 @@ class Fit:
             seconds = seconds_before + time.perf_counter() - started
         return progress.rows_by_name(), seconds
 
+    def _train(self, start: int, follow: Callable[[int, dict[str, Any]], None]) -> None:
+        """Makes the steps from `start` on."""
+        ends = self._ends(start)
+        callbacks = [*self._callbacks, _Following(follow, ends)]
+        if self._in_blocks:
+            data = self._data
+            for callback in self._scheduled:
+                callback.most_updates = _STEPS_PER_EXECUTION
+            with train_in_blocks(self._model, data.x_train, data.y_train, self._order(), _STEPS_PER_EXECUTION):
+                self._model.fit(as_dataset(ends, start), callbacks=callbacks, verbose=0, shuffle=False)
+        else:
+            self._model.fit(self.batches(start), callbacks=callbacks, verbose=0, shuffle=False)
+
+    def _ends(self, start: int) -> list[int]:
+        """The steps after which an execution ends."""
+        last = self._settings["steps"]
+        if not self._in_blocks:
+            return [*range(start + self._per_execution, last, self._per_execution), last]
+        log_every, longest = self._settings["log_every"], _STEPS_PER_EXECUTION
+        due = (n - 1 for n in range(1, last + 1) for c in self._scheduled if c.due(n) is not None)
+        ends = {*range(0, last, log_every), *range(0, last, longest), *due, last}
+        return sorted(end for end in ends if end > start)
+
     def evaluate(self) -> tuple[float, float]:
         """The test loss and accuracy."""
         return self._evaluate(self._data.x_test, self._data.y_test)
 
-    def batches(self, start: int = 0) -> Any:
-        """The batches of the steps from `start` on: the images in a new order each epoch, no break between epochs."""
-        import tensorflow as tf
-
+    def _order(self) -> np.ndarray:
+        """For each step the numbers of its images: all in a new order each epoch, no break between epochs."""
         images, steps, batch = len(self._data.x_train), self._settings["steps"], self._settings["batch"]
         # NumPy's generator, not tf.data's shuffle: the order depends on the seed alone, and step n can be found again.
         rng = np.random.default_rng([self._settings["seed"], 1])
         epochs = math.ceil(steps * batch / images)
         order = np.concatenate([rng.permutation(images).astype(np.int32) for _ in range(epochs)])
-        order = order[: steps * batch].reshape(steps, batch)[start:]
+        return order[: steps * batch].reshape(steps, batch)
+
+    def batches(self, start: int = 0) -> Any:
+        """The batches of the steps from `start` on."""
+        import tensorflow as tf
+
         x, y = tf.constant(self._data.x_train), tf.constant(self._data.y_train)
-        dataset = tf.data.Dataset.from_tensor_slices(order)
+        dataset = tf.data.Dataset.from_tensor_slices(self._order()[start:])
         return dataset.map(lambda rows: (tf.gather(x, rows), tf.gather(y, rows))).prefetch(tf.data.AUTOTUNE)
 
     def _first_row(self) -> tuple[float, ...]:
@@ -149,21 +178,20 @@ class Fit:
 
 
 class _Following(compat.Callback):
-    """Calls a function with the number of steps made and the running means, after each execution."""
+    """Calls a function with the number of steps made and the running means, after each execution.
 
-    def __init__(self, follow: Any, start: int, steps: int, per_execution: int) -> None:
+    Args:
+        follow: The function.
+        ends: The steps after which executions end.
+    """
+
+    def __init__(self, follow: Callable[[int, dict[str, Any]], None], ends: Sequence[int]) -> None:
         super().__init__()
-        self._follow, self._start, self._steps, self._per_execution = follow, start, steps, per_execution
-        self._begun = 0
-
-    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Keeps the index of the first step of an execution."""
-        self._begun = batch
+        self._follow, self._ends = follow, iter(ends)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any]) -> None:
-        """Calls the function; versions of Keras differ in which step of an execution `batch` is."""
+        """Calls the function."""
         assert self.model is not None  # On JAX, to ask for the model is what brings its variables up to date.
         if missing := [name for name in ("loss", "accuracy") if name not in logs]:
             raise ValueError(f"The model's `train_step` must return 'loss' and 'accuracy'. It lacks {missing}")
-        step = min(self._start + self._begun + self._per_execution, self._steps)
-        self._follow(step, {name: float(logs[name]) for name in ("loss", "accuracy")})
+        self._follow(next(self._ends), {name: float(value) for name, value in logs.items()})

@@ -16,6 +16,8 @@ from typing import Any
 import rich.console
 import rich.progress
 
+# In `logs`: the first step of an execution at which the loss was not finite, or -1.
+LOST = "lost"
 COLUMNS = ("step", "loss", "train_accuracy", "test_accuracy", "gradient_norm")
 
 
@@ -85,6 +87,8 @@ class Progress:
     def on_step(self, step: int, logs: dict[str, float]) -> bool:
         """Called after each execution of one or more steps, with the number of steps made and the running means.
 
+        With `LOST` in `logs` the step is named at which the loss was lost, else the last of the execution.
+
         Returns:
             Whether a row was written.
 
@@ -92,7 +96,8 @@ class Progress:
             FloatingPointError: When the loss is NaN or infinite.
         """
         if not math.isfinite(logs["loss"]):
-            raise FloatingPointError(f"The loss is {logs['loss']} at step {step}: a smaller learning rate may help")
+            lost = int(logs.get(LOST, step))
+            raise FloatingPointError(f"The loss is {logs['loss']} at step {lost}: a smaller learning rate may help")
         self.step = step
         self._bar.update(self._task, completed=step)
         carried, *means = self._carried
