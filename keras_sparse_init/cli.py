@@ -286,7 +286,8 @@ def _train(arguments: argparse.Namespace) -> int:
         job, config = make_job(*config_arguments)
     except (ValueError, OSError) as error:
         return _fail(error, code=2)
-    print(job, flush=True)
+    if job.is_chief:
+        print(job, flush=True)
     try:
         result = job.run(arguments.output_dir, config=config)
     except KeyboardInterrupt:
@@ -296,7 +297,8 @@ def _train(arguments: argparse.Namespace) -> int:
         return _fail(error, code=1)
     except (OSError, ValueError) as error:  # A directory that may not be made, a full disk, a damaged checkpoint.
         return _fail(error, code=2)
-    print(f"\n{result.table}\n\ntest accuracy {result.summary['test_accuracy']:.2%}\nresults in {result.directory}")
+    if job.is_chief:
+        print(f"\n{result.table}\n\ntest accuracy {result.summary['test_accuracy']:.2%}\nresults in {result.directory}")
     return 0
 
 

@@ -19,7 +19,13 @@ def free_ports(number: int) -> list[int]:
     return ports
 
 
-def test_kernels_and_masks_are_bitwise_equal_on_all_workers():
+def run_workers(script, *arguments, one_dies=False):
+    """Runs a script in two processes, which are workers to each other.
+
+    Returns:
+        The processes, and what each has printed to stdout and stderr. When one is to die, the other, which would wait
+        for it, is killed then.
+    """
     workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
     processes = []
     for index in range(2):
@@ -27,7 +33,7 @@ def test_kernels_and_masks_are_bitwise_equal_on_all_workers():
         environment = {**os.environ, "TF_CONFIG": json.dumps(cluster), "PYTHONHASHSEED": str(index)}
         processes.append(
             subprocess.Popen(
-                [sys.executable, worker_checks.__file__],
+                [sys.executable, script, *map(str, arguments)],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -35,10 +41,18 @@ def test_kernels_and_masks_are_bitwise_equal_on_all_workers():
             )
         )
     try:
+        if one_dies:
+            processes[1].wait(timeout=300)
+            processes[0].kill()
         outputs = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
+    return processes, outputs
+
+
+def test_kernels_and_masks_are_bitwise_equal_on_all_workers():
+    processes, outputs = run_workers(worker_checks.__file__)
     for process, (_, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors[-3000:]
     first, second = (json.loads(text.split("RESULT")[1]) for text, _ in outputs)

@@ -65,7 +65,7 @@ def of_step(directory: Path, step: int) -> Path:
     """
     path = directory / _FOLDER / f"step-{step:09d}.npz"
     if not path.is_file():
-        known = ", ".join(str(int(found.stem.removeprefix("step-"))) for found in _steps(directory)) or "none"
+        known = ", ".join(str(step_of(found)) for found in _steps(directory)) or "none"
         raise FileNotFoundError(
             f"{str(directory)!r} has no checkpoint of step {step}. There are those of steps {known}"
         )
@@ -75,6 +75,11 @@ def of_step(directory: Path, step: int) -> Path:
 def last(directory: Path) -> Path | None:
     """The newest checkpoint of a run, or None when there is none."""
     return max(_steps(directory), default=None)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def restore(path: Path, model: Any) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from keras_sparse_init.mask_updates.base_callback import MaskCallback
 from keras_sparse_init.signal.event_log import EventLog
 from keras_sparse_init.training import checkpoints
 from keras_sparse_init.training.data import Data
+from keras_sparse_init.training.distribution import Devices
 from keras_sparse_init.training.optimizers import make_optimizer
 from keras_sparse_init.training.progress import COLUMNS, Progress
 from keras_sparse_init.training.steps import as_dataset, train_in_blocks
@@ -28,24 +29,33 @@ _PROBE = 256
 
 
 class Fit:
-    """Trains a model once, from the last checkpoint of its directory if there is one.
+    """Trains a model once, from a checkpoint if there is one.
 
     Args:
         model: The model to train; it is compiled here.
         data: Its data.
         settings: The settings of a `Job`, by name.
         callbacks: Keras callbacks of the experiment.
+        devices: The `Devices` of the job; None for one device.
     """
 
-    def __init__(self, model: Any, data: Data, settings: dict[str, Any], callbacks: Sequence[Any] = ()) -> None:
+    def __init__(
+        self,
+        model: Any,
+        data: Data,
+        settings: dict[str, Any],
+        callbacks: Sequence[Any] = (),
+        devices: Devices | None = None,
+    ) -> None:
         self._model, self._data, self._settings, self._callbacks = model, data, settings, callbacks
+        self._devices = Devices(None) if devices is None else devices
         library = compat.library_of(model)
         names = ("learning_rate", "steps", "momentum", "weight_decay", "clip_norm")
         self._loss = library.losses.SparseCategoricalCrossentropy(from_logits=True)
         # Between executions only can such a callback change masks, and it is to do so at the steps of its schedule.
         self._scheduled = [callback for callback in callbacks if isinstance(callback, MaskCallback)]
         # Several devices share a batch, which is Keras's to do; other backends have compiled functions of their own.
-        several = settings.get("replicas", 1) > 1
+        several = self._devices.replicas > 1
         self._in_blocks = not several and compat.backend_of(model) == "tensorflow"
         # Keras 3 does not run several steps in one execution on several devices: TensorFlow misses a placeholder.
         single = self._in_blocks or self._scheduled or (several and settings["keras"] == "keras")
@@ -60,16 +70,20 @@ class Fit:
             # What Keras 3 would choose makes convolutions on a CPU half as fast; JAX does not go without.
             jit_compile=compat.backend_of(model) == "jax",
         )
+        if several and settings["keras"] == "tf_keras":
+            # Each device knows the means of all, which tf_keras would add up.
+            model.distribute_reduction_method = "first"
         # Images that are not a run's first: those of a file may be in the order of their classes.
         chosen = np.sort(np.random.default_rng(0).permutation(len(data.x_train))[:_PROBE])
         self._probe = data.x_train[chosen], data.y_train[chosen]
         self._gradients = gradient_function(model, self._loss)
 
-    def run(self, directory: Path) -> tuple[list[dict[str, float]], float]:
+    def run(self, directory: Path, checkpoint: Path | None = None) -> tuple[list[dict[str, float]], float]:
         """Trains to the last step.
 
         Args:
             directory: The run's directory, where metrics.csv, tensorboard/ and checkpoints/ are.
+            checkpoint: The one to go on from; None begins.
 
         Returns:
             The rows of metrics.csv, and the seconds of all processes that took part.
@@ -80,7 +94,6 @@ class Fit:
             ValueError: When the last checkpoint is damaged.
         """
         model, steps, log_every = self._model, self._settings["steps"], self._settings["log_every"]
-        checkpoint = checkpoints.last(directory)
         if checkpoint is None:
             reached: dict[str, Any] = {"step": 0, "seconds": 0.0, "rows": [self._first_row()]}
         else:
@@ -89,7 +102,15 @@ class Fit:
         started = time.perf_counter()
         log = EventLog(directory / "tensorboard")
         progress = Progress(
-            directory / "metrics.csv", steps, log_every, self._measure, model.reset_metrics, log, step=saved, **reached
+            directory / "metrics.csv",
+            steps,
+            log_every,
+            self._measure,
+            model.reset_metrics,
+            log,
+            step=saved,
+            quiet=not self._devices.is_chief,
+            **reached,
         )
 
         def save() -> None:
@@ -113,8 +134,10 @@ class Fit:
             except KeyboardInterrupt:
                 # JAX may have given up the variables of an interrupted step: the checkpoint before stands then.
                 with contextlib.suppress(RuntimeError):
-                    # Steps that were made after the last callback would be made again.
-                    if progress.step > saved and progress.step == compat.iterations(model):
+                    # Steps that were made after the last callback would be made again. Of several workers the others
+                    # may be elsewhere.
+                    at_hand = self._devices.workers == 1 and progress.step == compat.iterations(model)
+                    if at_hand and progress.step > saved:
                         save()
                 raise
             seconds = seconds_before + time.perf_counter() - started
@@ -130,6 +153,10 @@ class Fit:
                 callback.most_updates = _STEPS_PER_EXECUTION
             with train_in_blocks(self._model, data.x_train, data.y_train, self._order(), _STEPS_PER_EXECUTION):
                 self._model.fit(as_dataset(ends, start), callbacks=callbacks, verbose=0, shuffle=False)
+        elif self._devices.workers > 1:
+            order, data = self._order()[start:], self._data
+            shares = self._devices.shares(order, data.x_train, data.y_train)
+            self._model.fit(shares, steps_per_epoch=len(order), callbacks=callbacks, verbose=0, shuffle=False)
         else:
             self._model.fit(self.batches(start), callbacks=callbacks, verbose=0, shuffle=False)
 

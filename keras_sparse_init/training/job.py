@@ -5,6 +5,7 @@ Configuration by gin is elsewhere (gin_registry.py): here are plain Python argum
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -12,18 +13,22 @@ import json
 import math
 import os
 import re
+import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from keras_sparse_init.arguments import check_choice, is_integer
-from keras_sparse_init.training import run_dir
+from keras_sparse_init.training import checkpoints, run_dir
 from keras_sparse_init.training.data import Data, load_data
+from keras_sparse_init.training.distribution import STRATEGIES, Devices, Strategy
 from keras_sparse_init.training.experiments import Scratch
 from keras_sparse_init.training.networks import LIBRARIES, Library
 from keras_sparse_init.training.optimizers import OPTIMIZERS
 
+# In place of a step: the chief has been refused the output directory.
+_REFUSED = -2
 _METHODS = ("prepare", "callbacks", "describe")
 
 
@@ -67,13 +72,16 @@ class Job:
             function that takes either, tf_keras.
         strategy: "mirrored" trains on all GPUs of this machine, or all of its logical CPU devices where it has none,
             each with its part of every batch. None trains on one, or as the scope of a `tf.distribute.MirroredStrategy`
-            says in which job and model are made and run. Masks and weights are the same on all; the results are those
-            of one device up to rounding.
+            says in which job and model are made and run. "multi_worker", for tf_keras: on all machines that TF_CONFIG
+            names, as for a `tf.distribute.MultiWorkerMirroredStrategy`; every one of them runs this job, with the same
+            output directory, which all must see. The first one alone writes there. Masks and weights are the same on
+            all; the results are those of one device up to rounding.
 
     Raises:
         ValueError: When an argument is out of its range, or model and data do not fit together.
         TypeError: When the model is none of Keras.
         FileNotFoundError: When there is no such data file.
+        RuntimeError: When TensorFlow has been used before in this process, with "multi_worker".
 
     Example:
         >>> from keras_sparse_init.training import Job, Scratch, lenet5
@@ -99,7 +107,7 @@ class Job:
         log_every: int = 100,
         checkpoint_every: int = 500,
         keras: Library | None = None,
-        strategy: Literal["mirrored"] | None = None,
+        strategy: Strategy | None = None,
     ) -> None:
         counts = {"steps": steps, "batch": batch, "log_every": log_every, "checkpoint_every": checkpoint_every}
         for name, value in counts.items():
@@ -115,7 +123,9 @@ class Job:
         if keras is not None:
             check_choice("keras", keras, LIBRARIES)
         if strategy is not None:
-            check_choice("strategy", strategy, ("mirrored",))
+            check_choice("strategy", strategy, STRATEGIES)
+        # Before anything of TensorFlow, for the sake of several workers.
+        self._devices = Devices(strategy)
         self.data = data if isinstance(data, Data) else load_data(data)
         self.experiment = Scratch(sparsity=0.95) if experiment is None else experiment
         if isinstance(experiment, type) or not all(hasattr(self.experiment, name) for name in _METHODS):
@@ -130,9 +140,7 @@ class Job:
             "seed": int(seed),
         }
         from keras_sparse_init import compat
-        from keras_sparse_init.training.distribution import Devices
 
-        self._devices = Devices(strategy)
         replicas = self._devices.replicas
         if replicas > 1:
             self.settings["replicas"] = replicas
@@ -140,6 +148,11 @@ class Job:
         with self._devices.scope():
             network = _network(model, self.data, keras)
             _check_fit(network, self.data)
+            if self._devices.workers > 1 and compat.library_of(network).__name__ == "keras":
+                raise ValueError(
+                    "`keras` must be 'tf_keras' with strategy='multi_worker': Keras 3 does not train on several "
+                    f"workers. Received: the model {network.name!r} of Keras 3"
+                )
             self.settings |= {"keras": compat.library_of(network).__name__, "backend": compat.backend_of(network)}
             self.network, self.directory, self._has_run = _name(network, model), None, False
             self._architecture = {
@@ -149,6 +162,11 @@ class Job:
             }
             asked = {name: self.settings[name] for name in ("seed", "steps")}
             self.model = self.experiment.prepare(network, **asked, data=self.data)
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process writes the results: the only one, or the first of several workers."""
+        return self._devices.is_chief
 
     def table(self) -> Any:
         """The `SparsityTable` of the model as it is now; of all kernels, full ones, when none is masked."""
@@ -212,8 +230,32 @@ class Job:
         """
         if self._has_run:
             raise RuntimeError("A job runs once: its model is trained. Make another `Job`")
-        described = self.experiment.describe()
+        with contextlib.ExitStack() as stack:
+            if self._devices.is_chief:
+                try:
+                    directory = self._claim(output_dir, config)
+                    stack.enter_context(run_dir.sole_use(directory))
+                    last = checkpoints.last(directory)
+                except OSError:
+                    self._devices.from_chief(_REFUSED)
+                    raise
+                start = self._devices.from_chief(-1 if last is None else checkpoints.step_of(last))
+            else:
+                # What every worker does alike writes somewhere: the others' is thrown away.
+                directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                start, last = self._devices.from_chief(0), None
+                if start == _REFUSED:
+                    raise RuntimeError("The first worker cannot use the output directory: see there")
+                if start >= 0:
+                    last = checkpoints.of_step(Path(str(output_dir)), start)
+            self._has_run = True
+            with self._devices.scope():
+                return self._finish(directory, last)
+
+    def _claim(self, output_dir: str | os.PathLike[str] | None, config: str | None) -> Path:
+        """The directory of this run, claimed."""
         if output_dir is None:
+            described = self.experiment.describe()
             output_dir = run_dir.default_output_dir(
                 self.network,
                 described["experiment"],
@@ -222,24 +264,22 @@ class Job:
                 f"seed{self.settings['seed']}",
             )
         directory = self.directory = run_dir.claim(output_dir, self._identity(config))
-        with run_dir.sole_use(directory):
-            if config is not None:
-                (directory / "operative_config.gin").write_text(config, encoding="utf-8")
-            self._has_run = True
-            with self._devices.scope():
-                return self._finish(directory)
+        if config is not None:
+            (directory / "operative_config.gin").write_text(config, encoding="utf-8")
+        return directory
 
-    def _finish(self, directory: Path) -> TrainResult:
-        """Makes the steps that are left, and writes what stands at the end."""
+    def _finish(self, directory: Path, checkpoint: Path | None) -> TrainResult:
+        """Makes the steps that are left after a checkpoint, and writes what stands at the end."""
         from keras_sparse_init.training.fit import Fit
 
         asked = {name: self.settings[name] for name in ("seed", "steps", "learning_rate")}
-        fit = Fit(self.model, self.data, self.settings, self.experiment.callbacks(self.model, **asked, data=self.data))
+        callbacks = self.experiment.callbacks(self.model, **asked, data=self.data)
+        fit = Fit(self.model, self.data, self.settings, callbacks, self._devices)
         from keras_sparse_init.folding import fold_weight_norm
         from keras_sparse_init.sparse_model import apply_masks, masked_kernels, strip
 
         before = self._state()  # A run that goes on has begun with the same.
-        rows, seconds = fit.run(directory)
+        rows, seconds = fit.run(directory, checkpoint)
         apply_masks(self.model)  # The last step has moved weights that the next forward pass would have masked.
         test_loss, test_accuracy = fit.evaluate()
         table, norms = self.table(), [row["gradient_norm"] for row in rows]

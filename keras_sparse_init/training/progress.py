@@ -37,6 +37,7 @@ class Progress:
         rows: The rows up to there: that of step 0, and what a resumed run has written. They are written again, so that
             the file is whole whatever became of it.
         pending: Steps since the last of these rows, and the means of loss and accuracy over them.
+        quiet: Whether nothing is shown.
     """
 
     def __init__(
@@ -50,11 +51,12 @@ class Progress:
         rows: Sequence[Sequence[float]],
         step: int = 0,
         pending: Sequence[float] = (0, 0.0, 0.0),
+        quiet: bool = False,
     ) -> None:
         self.rows = [(int(row[0]), *map(float, row[1:])) for row in rows]
         self.step = step
         self.pending = self._carried = (int(pending[0]), float(pending[1]), float(pending[2]))
-        self._steps, self._log_every = steps, log_every
+        self._steps, self._log_every, self._quiet = steps, log_every, quiet
         self._measure, self._reset, self._log = measure, reset, log
         temporary = path.with_suffix(".tmp")
         with temporary.open("w", newline="", encoding="utf-8") as file:
@@ -71,7 +73,7 @@ class Progress:
             rich.progress.TimeRemainingColumn(),
             rich.progress.TextColumn("{task.description}"),
             console=console,
-            disable=not console.is_interactive,
+            disable=quiet or not console.is_interactive,
         )
         self._task = self._bar.add_task("", total=steps, completed=step)
 
@@ -127,5 +129,5 @@ class Progress:
         self._log.write(row)
         text = "loss {loss:.4f}  train {train_accuracy:.2%}  test {test_accuracy:.2%}".format(**row)
         self._bar.update(self._task, description=text)
-        if self._bar.disable:
+        if self._bar.disable and not self._quiet:
             print(f"step {step}/{self._steps}  {text}", file=sys.stderr, flush=True)
