@@ -61,5 +61,7 @@ def test_masks_and_weights_are_bitwise_equal_on_both_and_a_stopped_run_goes_on(s
 def test_bad_input_is_named(strategy, data):
     with strategy.scope(), pytest.raises(ValueError, match="`batch` must be a multiple of the number of devices, 2"):
         Job(small_network, data, Scratch(0.7), **small_settings(batch=15))
-    with pytest.raises(ValueError, match="`strategy` must be one of 'mirrored'"):
+    with strategy.scope(), pytest.raises(ValueError, match="`gradient_penalty` must be 0 but on one device.*2 devices"):
+        Job(small_network, data, Scratch(0.7), gradient_penalty=0.1)
+    with pytest.raises(ValueError, match="`strategy` must be one of 'mirrored', 'multi_worker'"):
         Job(small_network, data, Scratch(0.7), strategy="tpu")

@@ -19,6 +19,7 @@ from keras_sparse_init.training import checkpoints
 from keras_sparse_init.training.data import Data
 from keras_sparse_init.training.distribution import Devices
 from keras_sparse_init.training.optimizers import make_optimizer
+from keras_sparse_init.training.penalty import penalized_step
 from keras_sparse_init.training.progress import COLUMNS, Progress
 from keras_sparse_init.training.steps import as_dataset, train_in_blocks
 
@@ -70,6 +71,8 @@ class Fit:
             # What Keras 3 would choose makes convolutions on a CPU half as fast; JAX does not go without.
             jit_compile=compat.backend_of(model) == "jax",
         )
+        if settings.get("gradient_penalty"):
+            model.train_step = penalized_step(model, settings["gradient_penalty"])
         if several and settings["keras"] == "tf_keras":
             # Each device knows the means of all, which tf_keras would add up.
             model.distribute_reduction_method = "first"

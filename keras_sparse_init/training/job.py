@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from keras_sparse_init.arguments import check_choice, is_integer
+from keras_sparse_init.sampling import derive_seed
 from keras_sparse_init.training import checkpoints, run_dir
 from keras_sparse_init.training.data import Data, load_data
 from keras_sparse_init.training.distribution import STRATEGIES, Devices, Strategy
@@ -64,7 +65,11 @@ class Job:
         momentum: The momentum of "momentum" and "rmsprop".
         weight_decay: Decoupled weight decay of the kernels, as in AdamW; it is multiplied by the learning rate.
         clip_norm: Gradients are scaled down to this norm over all variables. None does not.
-        seed: Determines masks, kernels and the order of the images.
+        gradient_penalty: Training minimizes the loss plus half of this times the squared norm of its gradient, over all
+            weights that are not masked. On one device, with TensorFlow, and a `train_step` of Keras's own.
+        init_noise: Standard deviation of normal noise that is added to all trainable weights at the beginning, save
+            those off a mask.
+        seed: Determines masks, kernels, noise and the order of the images.
         log_every: Steps between two rows of metrics.csv.
         checkpoint_every: Steps between two checkpoints. Each is written with the next row of metrics.csv.
         keras: "tf_keras": masks in the wrappers of tfmot, which prunes. "keras": Keras 3 on the backend that it is
@@ -103,6 +108,8 @@ class Job:
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
+        gradient_penalty: float = 0.0,
+        init_noise: float = 0.0,
         seed: int = 0,
         log_every: int = 100,
         checkpoint_every: int = 500,
@@ -118,6 +125,8 @@ class Job:
         known = isinstance(optimizer, str) and optimizer in OPTIMIZERS
         _check(known, "optimizer", optimizer, f"one of {', '.join(map(repr, OPTIMIZERS))}")
         _check(_is_real(weight_decay) and weight_decay >= 0, "weight_decay", weight_decay, "a number of at least 0")
+        for name, value in {"gradient_penalty": gradient_penalty, "init_noise": init_noise}.items():
+            _check(_is_real(value) and value >= 0, name, value, "a number of at least 0")
         valid = clip_norm is None or (_is_real(clip_norm) and clip_norm > 0)
         _check(valid, "clip_norm", clip_norm, "a positive number or None")
         if keras is not None:
@@ -137,6 +146,8 @@ class Job:
             "momentum": float(momentum),
             "weight_decay": float(weight_decay),
             "clip_norm": None if clip_norm is None else float(clip_norm),
+            "gradient_penalty": float(gradient_penalty),
+            "init_noise": float(init_noise),
             "seed": int(seed),
         }
         from keras_sparse_init import compat
@@ -162,6 +173,10 @@ class Job:
             }
             asked = {name: self.settings[name] for name in ("seed", "steps")}
             self.model = self.experiment.prepare(network, **asked, data=self.data)
+            if gradient_penalty:
+                _check_penalty(self.model, replicas, gradient_penalty)
+            if init_noise:
+                _add_noise(self.model, init_noise, derive_seed(seed, "init_noise"))
 
     @property
     def is_chief(self) -> bool:
@@ -419,6 +434,31 @@ def _network(model: Any, data: Data, keras: str | None) -> Any:
     if keras is not None and library != keras:
         raise ValueError(f"`keras` must be that of the model, {library!r}. Received: keras={keras!r}")
     return model
+
+
+def _check_penalty(model: Any, replicas: int, penalty: float) -> None:
+    from keras_sparse_init import compat
+
+    keras_own = type(model).train_step is compat.library_of(model).Model.train_step
+    if compat.backend_of(model) != "tensorflow" or replicas > 1 or not keras_own:
+        raise ValueError(
+            "`gradient_penalty` must be 0 but on one device, with TensorFlow and a `train_step` of Keras's own. "
+            f"Received: gradient_penalty={penalty!r}, {replicas} devices, {compat.backend_of(model)}, "
+            f"a {type(model).__name__}"
+        )
+
+
+def _add_noise(model: Any, stddev: float, seed: int) -> None:
+    """Adds N(0, stddev^2) to the trainable weights of a model, save those off a mask."""
+    from keras_sparse_init import compat
+    from keras_sparse_init.sparse_model import apply_masks
+
+    names = checkpoints.names(model)
+    for variable in model.trainable_variables:
+        values = compat.to_numpy("weight", variable)
+        random = np.random.default_rng(derive_seed(seed, names[id(variable)]))
+        compat.assign(variable, values + stddev * random.standard_normal(values.shape).astype(values.dtype))
+    apply_masks(model)
 
 
 def _name(network: Any, maker: Any) -> str:

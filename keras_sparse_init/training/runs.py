@@ -24,6 +24,7 @@ _NESTED = {"early": ("step", "test_accuracy"), "table": ("rows",)}
 _OF_LAYERS = ("name", "shape", "sparsity", "fan_in_min", "fan_in_mean", "fan_in_max", "dead_units")
 _OPTIONAL = (
     *("batch", "optimizer", "learning_rate", "momentum", "weight_decay", "clip_norm", "keras", "backend"),
+    *("gradient_penalty", "init_noise"),
     *("weight_norm", "parameters", "architecture"),
 )
 
