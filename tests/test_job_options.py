@@ -2,6 +2,7 @@
 
 import json
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -15,9 +16,12 @@ from keras_sparse_init.training.fit import Fit
 BOTH = pytest.mark.parametrize("keras_name", ["keras", "tf_keras"])
 
 
+LIBRARIES = {"keras": keras, "tf_keras": tf_keras}
+
+
 def smooth_network(input_shape, classes, keras="tf_keras"):
     """Second derivatives of ReLUs are 0 almost everywhere, not those of tanh."""
-    library = {"keras": globals()["keras"], "tf_keras": tf_keras}[keras]
+    library = LIBRARIES[keras]
     library.utils.set_random_seed(0)
     L = library.layers
     return library.Sequential([L.Input(input_shape), L.Flatten(), L.Dense(5, "tanh"), L.Dense(classes)])
