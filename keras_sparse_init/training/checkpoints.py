@@ -25,6 +25,10 @@ def save(directory: Path, model: Any, step: int, **progress: Any) -> Path:
 
     Returns:
         The file's path.
+
+    Raises:
+        FloatingPointError: When a weight is NaN or infinite: what is kept are weights to go on from.
+        OSError: When the file cannot be written: the disk is full, say. The checkpoints before are as they were.
     """
     from keras_sparse_init import compat
 
@@ -33,13 +37,24 @@ def save(directory: Path, model: Any, step: int, **progress: Any) -> Path:
     path = folder / f"step-{step:09d}.npz"
     temporary = path.with_suffix(".tmp")
     arrays = {name: _storable(compat.to_numpy(name, variable)) for name, variable in _variables(model).items()}
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise FloatingPointError(f"Weights are not finite after step {step}: a smaller learning rate may help")
     arrays["names"] = np.array(_names(model, plain_variables(model)))
     arrays["mask_names"] = np.array(_mask_names(model))
-    with temporary.open("wb") as file:
-        np.savez(file, **{f"progress/{name}": value for name, value in {"step": step, **progress}.items()}, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            np.savez(
+                file, **{f"progress/{name}": value for name, value in {"step": step, **progress}.items()}, **arrays
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)  # It would take room from the next try.
+        raise OSError(
+            f"The checkpoint {str(path)!r} cannot be written ({error}). The run goes on from the one before as soon as "
+            "there is room"
+        ) from error
     for old in [*_steps(directory)[1:-2], *folder.glob("*.tmp")]:  # One that is left of a killed run, too.
         old.unlink()
     return path
