@@ -21,6 +21,7 @@ from keras_sparse_init.arguments import (
     is_integer,
 )
 from keras_sparse_init.batches import batches
+from keras_sparse_init.calibration.norms import NormReport, lsuv, metainit
 from keras_sparse_init.calibration.relu_layers import LAYOUTS, WITH_FEATURES, relu_layers
 from keras_sparse_init.calibration.report import AffineFit, CalibrationReport, LayerCalibration, Zeros
 from keras_sparse_init.calibration.unit_programs import (
@@ -37,8 +38,8 @@ from keras_sparse_init.signal.rectifiers import rectifiers
 from keras_sparse_init.signal.relu_zeros import relu_zeros
 from keras_sparse_init.watching import watch
 
-Method = Literal["bias", "lp", "none"]
-METHODS = ("bias", "lp", "none")
+Method = Literal["bias", "lp", "none", "lsuv", "metainit"]
+METHODS = ("bias", "lp", "none", "lsuv", "metainit")
 
 # What moving a weight by s0 costs, in units of the margin, spread over the unit's weights.
 _STAY = 0.01
@@ -61,8 +62,16 @@ def calibrate_init(
     calibrate_scale: bool = True,
     solver: Solver = "pdhg",
     seed: int = 0,
-) -> CalibrationReport:
-    """Initializes the ReLU layers of a model on data, so that their units are on for a part of the samples.
+    *,
+    y: Any = None,
+    loss: Any = None,
+) -> CalibrationReport | NormReport:
+    """Initializes the layers of a model on data: ReLUs that are on for a part of the samples, or norms of kernels.
+
+    lsuv: each kernel is scaled so that its layer's pre-activations have a standard deviation of 1 +- 0.1 over samples
+    and units, layer after layer. metainit: norms of kernels move so that the gradient quotient of the loss becomes
+    small. Both scale whole kernels under their masks, and change nothing else; layers of all kinds, with or without
+    ReLU. See `calibration.norms` for the formulas. What follows is on the other three.
 
     bias: b_j = -quantile_{1-p}(z_j), p = on_fraction. lp, for each unit, from its weights w0 on its mask S:
 
@@ -82,7 +91,8 @@ def calibrate_init(
     Args:
         model: A built model of either Keras. It runs as at prediction.
         x: Samples: an array; a list or dict of arrays for several inputs; or a `tf.data.Dataset` of batches.
-        method: "bias" sets biases, "lp" weights and biases; "none" neither, only scales.
+        method: "bias" sets biases, "lp" weights and biases; "none" neither, only scales. "lsuv" and "metainit" scale
+            kernels; of the other arguments they take `n_samples`, `seed` and, "metainit", `y` and `loss`.
         on_fraction: p, for which part of the samples a unit is to be on, in (0, 1).
         objective: Of "lp", the signs: "fraction", on for the part `on_fraction` of the samples with the largest z;
             "zeros", on for all, which has the fewest zeros; "margin", as z is, with fewer samples near 0.
@@ -96,9 +106,12 @@ def calibrate_init(
             (in a deep network units that are on more often make it grow from layer to layer). Signs stay.
         solver: "pdhg", all units of a layer at once to a proven gap of 0.001 m; "highs", exact, one by one, by SciPy.
         seed: Non-negative int, for what is drawn from samples and positions.
+        y: Of "metainit", the targets, an array.
+        loss: Of "metainit", a function of (y, outputs) that returns a mean, such as a Keras loss; None is that of
+            `compile`.
 
     Returns:
-        A `CalibrationReport`; `str()` of it is a table to read.
+        A `CalibrationReport`, of "lsuv" and "metainit" a `NormReport`; `str()` of it is a table to read.
 
     Raises:
         TypeError: When `model` is no Keras model or layer.
@@ -139,6 +152,10 @@ def calibrate_init(
     check_seed(seed)
     compat.library_of(model)
     compat.require_built(model, "weights")
+    if (method == "metainit") != (y is not None) or (loss is not None and y is None):
+        raise ValueError(f"`y` (and `loss`) must be given with method='metainit', and only then. Received: {method=}")
+    if method in ("lsuv", "metainit"):
+        return _norms(model, x, y, loss, method, n_samples, seed)
 
     with _all_or_nothing(model) as changed:
         samples, more = _samples(x, n_samples, seed)
@@ -190,6 +207,20 @@ def calibrate_init(
             stacklevel=2,
         )
     return report
+
+
+def _norms(model: Any, x: Any, y: Any, loss: Any, method: str, n_samples: int, seed: int) -> NormReport:
+    if method == "lsuv":
+        with _all_or_nothing(model) as changed:
+            report = lsuv(model, _samples(x, n_samples, seed)[0])
+            changed += [place.kernel for place in traversal.kernels_of(model)]
+        return report
+    if loss is None and getattr(model, "optimizer", None) is None:
+        raise ValueError("`loss` must be given with method='metainit', or the model compiled. Received: loss=None")
+    if isinstance(x, tf.data.Dataset):
+        raise TypeError("`x` must be an array with method='metainit', or a list or dict of them. Received: a dataset")
+    samples, targets = _samples({"x": x, "y": np.asarray(y)}, n_samples, seed)[0].values()
+    return metainit(model, samples, targets, loss)
 
 
 def _scale(z: np.ndarray, new: np.ndarray) -> float:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from keras_sparse_init.arguments import check_sparsity, is_integer
+from keras_sparse_init.arguments import check_choice, check_sparsity, is_integer
 from keras_sparse_init.schedules import PolynomialDecay
 from keras_sparse_init.training import checkpoints, run_dir
 
@@ -62,6 +62,8 @@ class Scratch:
         masks_from: The directory of a run of the same network, whose masks are taken. None draws random ones.
         shuffled: Whether the masks of that run are shuffled within each kernel, which keeps nothing of them but how
             sparse each layer is.
+        calibrate: "lsuv" or "metainit": what `calibrate_init` then does to the norms of the kernels, on 256 images of
+            the training data. None does nothing.
 
     Raises:
         ValueError: When both or neither of `sparsity` and `masks_from` are given.
@@ -79,6 +81,7 @@ class Scratch:
     initializer: Any = None
     masks_from: str | os.PathLike[str] | None = None
     shuffled: bool = False
+    calibrate: Literal["lsuv", "metainit"] | None = None
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.masks_from is None):
@@ -90,15 +93,17 @@ class Scratch:
             raise ValueError(f"`masks_from` must be the directory of a run. Received: masks_from={self.masks_from!r}")
         if not isinstance(self.shuffled, bool) or (self.shuffled and self.masks_from is None):
             raise ValueError(f"`shuffled` must be a bool, True only with `masks_from`. Received: {self.shuffled!r}")
+        if self.calibrate is not None:
+            check_choice("calibrate", self.calibrate, ("lsuv", "metainit"))
 
     def prepare(self, model: Any, *, seed: int, steps: int, data: Any) -> Any:
-        """Masks the kernels of a model and draws them anew.
+        """Masks the kernels of a model, draws them anew and calibrates their norms.
 
         Args:
             model: A built model of either Keras.
             seed: The seed that those of the masks and kernels are derived from. Masks do not depend on the initializer.
             steps: The number of training steps, on which nothing depends here.
-            data: The `Data`, on which nothing does either.
+            data: The `Data`, which norms are calibrated on.
 
         Returns:
             A model with static masks: in tfmot's wrappers for tf_keras, in `Masked` for Keras 3.
@@ -107,6 +112,19 @@ class Scratch:
             ValueError: When the sparsity or the method is not a valid one, or the masks are of another network.
             FileNotFoundError: When there are no masks in the run's directory.
         """
+        sparse = self._masked_and_drawn(model, seed)
+        if self.calibrate is not None:
+            from keras_sparse_init import compat
+            from keras_sparse_init.calibration.calibrate import calibrate_init
+
+            more: dict[str, Any] = {}
+            if self.calibrate == "metainit":
+                loss = compat.library_of(sparse).losses.SparseCategoricalCrossentropy(from_logits=True)
+                more = {"y": data.y_train, "loss": loss}
+            calibrate_init(sparse, data.x_train, self.calibrate, n_samples=256, seed=seed, **more)
+        return sparse
+
+    def _masked_and_drawn(self, model: Any, seed: int) -> Any:
         from keras_sparse_init.sparse_model import reinitialize, sparsify
         from keras_sparse_init.wrapping import wrap_kernels
 
@@ -133,7 +151,9 @@ class Scratch:
         return {
             "experiment": self.name,
             "method": self.method if self.masks_from is None else "shuffled" if self.shuffled else "taken",
-            "init": getattr(initializer, "granularity", type(initializer).__name__),
+            "init": "-".join(
+                filter(None, (getattr(initializer, "granularity", type(initializer).__name__), self.calibrate))
+            ),
             "initializer": {
                 name: value
                 for name, value in initializer.get_config().items()
