@@ -14,6 +14,8 @@ from keras_sparse_init._version import __version__
 
 _HOME = {
     "ConstantSparsity": "mask_updates.pruning",
+    "DeltaOrthogonalInit": "orthogonal_initializers",
+    "ExactOrthogonalInit": "orthogonal_initializers",
     "MagnitudePruning": "mask_updates.pruning",
     "MaskUpdate": "mask_updates.mask_update",
     "Masked": "layers",

@@ -7,6 +7,7 @@ from typing import Any
 
 from keras_sparse_init import compat, fans
 from keras_sparse_init.initializers import SparseScaledInit
+from keras_sparse_init.orthogonal_initializers import ExactOrthogonalInit, OrthogonalInit
 from keras_sparse_init.sampling import TRUNCATED_STD
 
 
@@ -24,10 +25,18 @@ def mask_aware(initializer: Any, name: str, shape: tuple[int, ...], layout: fans
         variance is kept at density 1 and grows as the fan-in shrinks.
 
     Raises:
-        ValueError: When the initializer is not random around 0: there is no variance to scale.
+        ValueError: When the initializer is not random around 0: there is no variance to scale; or it makes masks of its
+            own, which masks that are given would destroy.
     """
     if isinstance(initializer, type):
         initializer = _made(initializer)
+    if isinstance(initializer, ExactOrthogonalInit):
+        raise ValueError(
+            f"ExactOrthogonalInit of {name!r} makes its own zeros, and takes no mask: give it to `sparsify`, or to a "
+            "layer without a mask. For masks that are there, give `initializer` another one"
+        )
+    if isinstance(initializer, OrthogonalInit):
+        raise ValueError(f"{type(initializer).__name__} of {name!r} is no longer orthogonal under a mask: give another")
     if isinstance(initializer, str):
         initializer = compat.tf_keras.initializers.get(initializer)
     if isinstance(initializer, SparseScaledInit):
@@ -59,8 +68,10 @@ def _made(cls: type) -> Any:
         ) from error
 
 
-def unaware(initializer: SparseScaledInit, library: Any) -> Any:
+def unaware(initializer: SparseScaledInit | OrthogonalInit, library: Any) -> Any:
     """Keras's initializer with the settings of ours, which knows no masks."""
+    if isinstance(initializer, OrthogonalInit):
+        return library.initializers.Orthogonal(initializer.gain or 1.0, seed=initializer.given_seed)
     return library.initializers.VarianceScaling(
         initializer.scale, initializer.mode, initializer.distribution, seed=initializer.given_seed
     )

@@ -12,6 +12,7 @@ from keras_sparse_init.arguments import check_choice, check_seed, check_sparsity
 from keras_sparse_init.blocks import map_blocks
 from keras_sparse_init.masked_kernel import MaskedKernel, masked_kernels
 from keras_sparse_init.matching import mask_aware, unaware
+from keras_sparse_init.orthogonal_initializers import ExactOrthogonalInit
 from keras_sparse_init.sampling import derive_seed
 from keras_sparse_init.slots import slots_of
 from keras_sparse_init.table import SparsityRow, SparsityTable
@@ -161,7 +162,8 @@ def sparsify(
         method: How it is spread over layers, as in `layer_sparsities`: "erk", "er", "uniform", "uniform_plus", "igq".
         rule: A class of `keras_sparse_init.masks` (called with each layer's sparsity), or a rule, of which
             `rule.with_sparsity` makes the one of each layer.
-        initializer: As in `reinitialize`.
+        initializer: As in `reinitialize`; or an `ExactOrthogonalInit`, which makes the masks too, of the sparsity that
+            each layer is to have: there is no `rule` then.
         wrapper: "masked" wraps layers in `Masked`; "tfmot" in `PruneLowMagnitude` with a mask that never changes by
             itself, for tf_keras only. None: tfmot for a tf_keras model, `Masked` for a Keras 3 model.
         skip: Names of layers that stay dense with all inside them, or a function of the layer that is True for them.
@@ -194,7 +196,12 @@ def sparsify(
     check_choice("method", method, get_args(masks.SparsityMethod))
     if not isinstance(rule, type) and not hasattr(rule, "with_sparsity"):
         raise TypeError(f"`rule` must be a class of masks or a rule that has `with_sparsity`. Received: {rule!r}")
-    if initializer is not None:
+    if isinstance(initializer, ExactOrthogonalInit):
+        if rule is not masks.Random:
+            raise ValueError(
+                f"`rule` must be left out with ExactOrthogonalInit, which makes the masks. Received: {rule!r}"
+            )
+    elif initializer is not None:
         mask_aware(initializer, "initializer", (1, 1), fans.kernel_layout("dense", (1, 1)))
     sparse = wrap_kernels(model, wrapper, skip)
     try:
@@ -208,6 +215,9 @@ def sparsify(
 
 def _mask_and_draw(sparse: Any, sparsity: float, method: Any, rule: Any, initializer: Any, seed: int) -> None:
     kernels = masked_kernels(sparse)
+    if isinstance(initializer, ExactOrthogonalInit):
+        _draw_orthogonal(sparse, kernels, sparsity, method, initializer, seed)
+        return
     # Before a kernel is changed, so that a model keeps its weights when an initializer does not fit.
     drawers = [
         mask_aware(kernel.initializer if initializer is None else initializer, kernel.name, kernel.shape, kernel.layout)
@@ -221,6 +231,27 @@ def _mask_and_draw(sparse: Any, sparsity: float, method: Any, rule: Any, initial
     }
     set_masks(sparse, rules, seed=seed)
     reinitialize(sparse, initializer, seed=seed)
+
+
+def _draw_orthogonal(
+    sparse: Any, kernels: list[MaskedKernel], sparsity: float, method: Any, initializer: ExactOrthogonalInit, seed: int
+) -> None:
+    levels = masks.layer_sparsities({kernel.name: kernel.shape for kernel in kernels}, sparsity, method)
+    drawn = []
+    for kernel in kernels:
+        try:
+            if kernel.layout.name not in ("dense", "conv") or kernel.layout.blocks > 1:
+                raise ValueError(
+                    f"it is none of a dense layer or a convolution in one group, but {kernel.layout.name!r}"
+                )
+            dtype, level = compat.true_dtype(kernel.kernel), levels[kernel.name]
+            drawn.append(initializer.draw_with_mask(kernel.shape, dtype, derive_seed(seed, kernel.seed_name), level))
+        except ValueError as error:
+            raise ValueError(f"The kernel {kernel.name!r} cannot be orthogonal: {error}") from None
+    set_masks(sparse, [mask for _, mask in drawn])
+    for kernel, (value, _) in zip(kernels, drawn, strict=True):
+        compat.assign(kernel.kernel, value)
+    traversal.kernels_were_drawn(sparse, [kernel.kernel for kernel in kernels])
 
 
 def sparsity_table(model: Any) -> SparsityTable:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from keras_sparse_init import compat, tfmot_wrapper
 from keras_sparse_init.initializers import SparseScaledInit
+from keras_sparse_init.orthogonal_initializers import OrthogonalInit
 
 Replace = Callable[[Any, Callable[[Any], Any]], Any]
 
@@ -339,7 +340,7 @@ def replace_initializers(layer: Any, replacement: Callable[[Any, Any], Any]) -> 
         seen.add(id(holder))
         waiting += _children(holder)
         for name, value in list(vars(holder).items()):
-            if isinstance(value, SparseScaledInit):
+            if isinstance(value, SparseScaledInit | OrthogonalInit):
                 object.__setattr__(holder, name, replacement(value, library))
             elif isinstance(value, library.layers.Layer):
                 waiting.append(value)

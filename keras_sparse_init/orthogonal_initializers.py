@@ -1,0 +1,203 @@
+"""Keras initializers whose kernels are orthogonal: sparse ones that make their own masks, and delta kernels."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import numpy as np
+
+from keras_sparse_init import compat, fans
+from keras_sparse_init.arguments import check_choice, check_positive, check_seed, check_sparsity
+from keras_sparse_init.orthogonal import CONSTRUCTIONS, Construction, sparse_orthogonal
+from keras_sparse_init.sampling import derive_seed
+
+
+class OrthogonalInit(compat.Initializer):
+    """What the two have in common: a seed, a gain, and kernels that are a matrix at the centre of the field."""
+
+    def __init__(self, gain: float | None, seed: int | None) -> None:
+        self.gain = gain
+        self._given_seed = seed if seed is None else check_seed(seed)
+        # As Keras does, so that `keras.utils.set_random_seed` makes it reproducible.
+        self.seed = random.randint(1, 10**9) if seed is None else int(seed)
+
+    @compat.not_rewritten
+    def __call__(self, shape: Any, dtype: Any = None) -> Any:
+        """A kernel.
+
+        Args:
+            shape: The kernel's shape: (inputs, units), or that of a convolution, (receptive field..., inputs, units).
+            dtype: A floating dtype; the default float type when None.
+
+        Returns:
+            A tensor of `shape` and `dtype`: TensorFlow's when `dtype` is a `tf.DType`, else of Keras 3's backend.
+
+        Raises:
+            ValueError: When the kernel cannot be orthogonal: see the class.
+        """
+        return compat.to_tensor(self.draw(shape, compat.float_dtype(dtype), self.seed), dtype)
+
+    def draw(self, shape: Any, dtype: str, seed: int) -> np.ndarray:
+        """The values of a call as an array, with a seed from outside."""
+        raise NotImplementedError
+
+    @property
+    def given_seed(self) -> int | None:
+        """The seed of the constructor, None when it was not given."""
+        return self._given_seed
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments as a JSON-serializable dict."""
+        return {"gain": self.gain, "seed": self._given_seed}
+
+
+@compat.register
+class ExactOrthogonalInit(OrthogonalInit):
+    """Sparse kernels with W^T W = gain^2 I exactly (W W^T, for fewer inputs than units), zeros included.
+
+    It makes its own mask: the nonzeros of the kernel. `Masked(Dense(...))` takes them for its mask, and
+    `sparsify(model, sparsity, initializer=ExactOrthogonalInit())` sets the masks of all wrappers to them.
+
+    Random Givens rotations are composed until the density is reached, to within half of what one rotation adds. A
+    column of m rows then has on average the support that `orthogonal.expected_density` gives. The kernel of a
+    convolution is 0 but for its centre, which is such a matrix ("delta"): its nonzeros are at most inputs * units.
+
+    The signal keeps its size in linear networks, and nearly so under tanh, however deep. Under relu that is no gain:
+    benchmarks/orthogonal.py has the figures.
+
+    Args:
+        sparsity: Fraction of zeros of the whole kernel, in [0, 1), at most 1 - 1/max(inputs, units) (of what is at the
+            centre). `sparsify` gives each layer its own; this one is for layers by themselves.
+        gain: Positive float, what every singular value is.
+        construction: "rotations", one after the other, as in the paper: some rows have many nonzeros, others few.
+            "matchings", of random pairs of all rows at once: rows have about as many each.
+        spread: Of a convolution, whether a kernel that is to have more nonzeros than its centre has places gets them
+            around it. These weights begin at 0 and are on in the mask that `sparsify` sets. False is an error then.
+        seed: Non-negative int; None draws one from Python's `random`, as Keras does.
+
+    Raises:
+        ValueError: When an argument is not one of those allowed; in a call, when the kernel is no matrix or convolution
+            of odd sizes, or cannot have that sparsity.
+
+    Example:
+        >>> import keras, numpy as np
+        >>> from keras_sparse_init import ExactOrthogonalInit, Masked
+        >>> layer = Masked(keras.layers.Dense(64, kernel_initializer=ExactOrthogonalInit(0.9, seed=0)))
+        >>> layer.build((None, 64))
+        >>> w = np.array(layer.layer.kernel.numpy())
+        >>> bool(np.allclose(w.T @ w, np.eye(64), atol=1e-6)), round(float((w == 0).mean()), 2)
+        (True, 0.9)
+
+    Reference:
+        Nowak et al. 2024, Sparser, Better, Deeper, Stronger: Improving Sparse Training with Exact Orthogonal
+        Initialization, arXiv:2406.01755.
+    """
+
+    def __init__(
+        self,
+        sparsity: float = 0.0,
+        gain: float = 1.0,
+        construction: Construction = "rotations",
+        spread: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(check_positive("gain", gain), seed)
+        self.sparsity = check_sparsity(sparsity)
+        self.construction = check_choice("construction", construction, CONSTRUCTIONS)
+        if not isinstance(spread, bool):
+            raise ValueError(f"`spread` must be a bool. Received: spread={spread!r}")
+        self.spread = spread
+
+    def draw(self, shape: Any, dtype: str, seed: int) -> np.ndarray:
+        """The values of a call as an array, with a seed from outside."""
+        return self.draw_with_mask(shape, dtype, seed, self.sparsity)[0]
+
+    def draw_with_mask(self, shape: Any, dtype: str, seed: int, sparsity: float) -> tuple[np.ndarray, np.ndarray]:
+        """A kernel of a sparsity, and its mask, a boolean array.
+
+        Raises:
+            ValueError: When the kernel is no matrix or convolution of odd sizes, or cannot have that sparsity.
+        """
+        shape, centre = _centre_of(shape)
+        inputs, units = shape[-2:]
+        size, places, least = math.prod(shape), inputs * units, max(inputs, units)
+        wanted = round(size * (1 - sparsity))
+        if wanted < least or (wanted > places and not self.spread):
+            highest = math.floor(1e4 * (1 - least / size)) / 1e4
+            lowest = f"at least {1 - places / size:.4g} without `spread`" if places < size and not self.spread else ""
+            raise ValueError(
+                f"`sparsity` of an orthogonal kernel of shape {shape} must be at most {highest:g}"
+                f"{' and ' if lowest else ''}{lowest}. Received: sparsity={sparsity:g}"
+            )
+        rng = np.random.Generator(np.random.SFC64(derive_seed(seed, "orthogonal")))
+        matrix = sparse_orthogonal(inputs, units, min(wanted, places), self.construction, rng)
+        kernel, mask = np.zeros(shape), np.zeros(shape, bool)
+        kernel[centre], mask[centre] = self.gain * matrix, matrix != 0
+        around = np.ones(shape, bool)
+        around[centre] = False
+        more = wanted - np.count_nonzero(mask)
+        if self.spread and more > 0 and around.any():
+            free = np.flatnonzero(around)
+            mask.reshape(-1)[rng.choice(free, min(more, free.size), replace=False)] = True
+        return kernel.astype(compat.numpy_dtype(dtype)), mask
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments as a JSON-serializable dict."""
+        own = {"sparsity": self.sparsity, "construction": self.construction, "spread": self.spread}
+        return {**own, **super().get_config()}
+
+
+@compat.register
+class DeltaOrthogonalInit(OrthogonalInit):
+    """Convolution kernels that are 0 but for their centre, a random orthogonal matrix times the gain.
+
+    With at least as many units as inputs and gain 1, a circular convolution with it keeps the norm of every input.
+
+    Args:
+        gain: Positive float. None: max(sqrt(units / inputs), 1), with which the mean square over units stays where
+            there are more units than inputs.
+        seed: Non-negative int; None draws one from Python's `random`, as Keras does.
+
+    Raises:
+        ValueError: When an argument is not one of those allowed; in a call, when the kernel is no matrix or convolution
+            of odd sizes.
+
+    Example:
+        >>> import keras, numpy as np
+        >>> from keras_sparse_init import DeltaOrthogonalInit
+        >>> layer = keras.layers.Conv2D(8, 3, padding="same", kernel_initializer=DeltaOrthogonalInit(gain=1.0, seed=0))
+        >>> x = np.random.default_rng(0).normal(size=(1, 6, 6, 4)).astype("float32")
+        >>> bool(np.isclose(np.linalg.norm(x), np.linalg.norm(layer(x).numpy())))
+        True
+
+    Reference:
+        Xiao et al. 2018, Dynamical Isometry and a Mean Field Theory of CNNs, arXiv:1806.05393, algorithm 2.
+    """
+
+    def __init__(self, gain: float | None = None, seed: int | None = None) -> None:
+        super().__init__(None if gain is None else check_positive("gain", gain), seed)
+
+    def draw(self, shape: Any, dtype: str, seed: int) -> np.ndarray:
+        """The values of a call as an array, with a seed from outside."""
+        shape, centre = _centre_of(shape)
+        inputs, units = shape[-2:]
+        rng = np.random.Generator(np.random.SFC64(derive_seed(seed, "delta")))
+        q, r = np.linalg.qr(rng.standard_normal((max(inputs, units), min(inputs, units))))
+        q *= np.where(np.diag(r) < 0, -1.0, 1.0)  # Else not every orthogonal matrix is as likely.
+        kernel = np.zeros(shape)
+        gain = max(math.sqrt(units / inputs), 1.0) if self.gain is None else self.gain
+        kernel[centre] = gain * (q if inputs >= units else q.T)
+        return kernel.astype(compat.numpy_dtype(dtype))
+
+
+def _centre_of(shape: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A shape, checked, and the index of the centre of its receptive field."""
+    shape = fans.check_shape(shape)
+    if len(shape) < 2 or any(size % 2 == 0 for size in shape[:-2]) or 0 in shape:
+        raise ValueError(
+            "`shape` of an orthogonal kernel must be (inputs, units), or (odd sizes..., inputs, units). "
+            f"Received: shape={shape}"
+        )
+    return shape, tuple(size // 2 for size in shape[:-2])
