@@ -2,11 +2,11 @@
 
     python benchmarks/orthogonal.py [--repeats 9] [--seeds 5] [--output benchmarks/results/orthogonal.json]
 
-Times: a 1024x1024 kernel at 2% density by either construction, and Keras's dense `Orthogonal` of that shape, in turn; the
-ratio is the median over repeats of the two times of a repeat. Accuracy: perceptrons of 784-300-100-10 and of ten hidden
-layers of 64, relu or tanh, 95% sparse by ERK, on the embedded digits, 300 steps of 64 with momentum; exact orthogonal
-kernels (gain sqrt 2 for relu, 1 for tanh) by their own masks, against random masks with kernels scaled per unit by He's
-(relu) or LeCun's (tanh) rule. Mean and standard error over seeds.
+Times: a 1024x1024 kernel at 2% density by either construction, and Keras's dense `Orthogonal` of that shape, in turn;
+the ratio is the median over repeats of the two times of a repeat. Accuracy: perceptrons of 784-300-100-10 and of ten
+hidden layers of 64, relu or tanh, 95% sparse by ERK, on the embedded digits, 300 steps of 64 with momentum; exact
+orthogonal kernels (gain sqrt 2 for relu, 1 for tanh) by their own masks, against random masks with kernels scaled per
+unit by He's (relu) or LeCun's (tanh) rule. Mean and standard error over seeds.
 """
 
 from __future__ import annotations
