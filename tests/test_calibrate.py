@@ -349,7 +349,7 @@ def test_samples_may_be_a_dict_a_list_or_a_dataset(library):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "bayes"}, "`method` must be one of 'bias', 'lp', 'none'. Received: method='bayes'"),
+        ({"method": "bayes"}, "`method` must be one of 'bias', 'lp', 'none', .* Received: method='bayes'"),
         ({"objective": "on"}, "`objective` must be one of"),
         ({"solver": "simplex"}, "`solver` must be one of"),
         ({"on_fraction": 1}, "`on_fraction` must be a float in .0, 1.. Received: on_fraction=1"),

@@ -3,7 +3,8 @@
 A job takes any object with these methods:
 
 - `prepare(model, *, seed, steps, data)` returns the model to train, made of a built one of either Keras;
-- `callbacks(model, *, seed, steps, data, learning_rate)` returns the Keras callbacks that training it takes;
+- `callbacks(model, *, seed, steps, data, learning_rate)` returns the Keras callbacks that training it takes; what Keras
+  tells them of as a batch may be several steps, of which the optimizer's `iterations` knows;
 - `describe()` returns what the summary says: at least its name ("experiment"), how zeros are spread ("method"), and
   what the kernels start as ("init").
 """
