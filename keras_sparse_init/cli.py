@@ -284,7 +284,7 @@ def _train(arguments: argparse.Namespace) -> int:
         from keras_sparse_init.training.gin_registry import make_job
 
         job, config = make_job(*config_arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: several workers, too late or refused.
         return _fail(error, code=2)
     if job.is_chief:
         print(job, flush=True)
@@ -295,7 +295,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return _fail(f"interrupted{told}", code=130)
     except FloatingPointError as error:
         return _fail(error, code=1)
-    except (OSError, ValueError) as error:  # A directory that may not be made, a full disk, a damaged checkpoint.
+    except (OSError, ValueError, RuntimeError) as error:  # A directory that may not be made, a full disk, ...
         return _fail(error, code=2)
     if job.is_chief:
         print(f"\n{result.table}\n\ntest accuracy {result.summary['test_accuracy']:.2%}\nresults in {result.directory}")

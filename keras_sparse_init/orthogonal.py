@@ -38,7 +38,7 @@ def sparse_orthogonal(
         >>> import numpy as np
         >>> from keras_sparse_init.orthogonal import sparse_orthogonal
         >>> w = sparse_orthogonal(100, 60, 600, "rotations", np.random.default_rng(0))
-        >>> bool(np.allclose(w.T @ w, np.eye(60), atol=1e-14)), abs(np.count_nonzero(w) - 600) < 60
+        >>> bool(np.allclose(w.T @ w, np.eye(60), atol=1e-14)), bool(abs(np.count_nonzero(w) - 600) < 60)
         (True, True)
 
     Reference:

@@ -240,7 +240,7 @@ class Job:
             FileExistsError: When the directory holds anything else, or another process is running there.
             FloatingPointError: When the loss becomes NaN or infinite.
             KeyboardInterrupt: When it was interrupted; a checkpoint is written first.
-            RuntimeError: When the job has run before.
+            RuntimeError: When the job has run before; on another worker, when the first cannot use the directory.
             ValueError: When the last checkpoint is damaged.
         """
         if self._has_run:
@@ -250,6 +250,8 @@ class Job:
                 try:
                     directory = self._claim(output_dir, config)
                     stack.enter_context(run_dir.sole_use(directory))
+                    if config is not None:
+                        (directory / "operative_config.gin").write_text(config, encoding="utf-8")
                     last = checkpoints.last(directory)
                 except OSError:
                     self._devices.from_chief(_REFUSED)
@@ -278,10 +280,8 @@ class Job:
                 f"{round(self._final_sparsity(), 3):g}",
                 f"seed{self.settings['seed']}",
             )
-        directory = self.directory = run_dir.claim(output_dir, self._identity(config))
-        if config is not None:
-            (directory / "operative_config.gin").write_text(config, encoding="utf-8")
-        return directory
+        self.directory = run_dir.claim(output_dir, self._identity(config))
+        return self.directory
 
     def _finish(self, directory: Path, checkpoint: Path | None) -> TrainResult:
         """Makes the steps that are left after a checkpoint, and writes what stands at the end."""
