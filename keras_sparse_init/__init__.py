@@ -13,6 +13,7 @@ from keras_sparse_init import registration
 from keras_sparse_init._version import __version__
 
 _HOME = {
+    "ApproximateIsometryInit": "orthogonal_initializers",
     "ConstantSparsity": "mask_updates.pruning",
     "DeltaOrthogonalInit": "orthogonal_initializers",
     "ExactOrthogonalInit": "orthogonal_initializers",
@@ -38,6 +39,7 @@ _HOME = {
     "WeightNormConstraint": "constraints",
     "apply_constraints": "constraints",
     "apply_masks": "sparse_model",
+    "approximate_isometry": "isometry",
     "calibrate_init": "calibration.calibrate",
     "compare_initializers": "comparison.compare",
     "count_relu_zeros": "signal.relu_zeros",

@@ -174,13 +174,7 @@ class SparseScaledInit(compat.Initializer):
         Raises:
             ValueError: When the shape, mask or layout does not fit.
         """
-        shape = fans.check_shape(shape)
-        layout = fans.kernel_layout(self.kernel_layout if kernel_layout is None else kernel_layout, shape)
-        mask = self._own_mask() if mask is None else _mask_argument(mask)
-        if callable(mask):
-            mask = compat.to_numpy("mask", masks.draw(mask, shape, derive_seed(seed, "mask"), layout))
-        if mask is not None:
-            mask = fans.as_mask(mask, shape)
+        shape, layout, mask = self._resolved(shape, mask, kernel_layout, seed)
         std = weight_std(shape, mask, layout, self.scale, self.mode, self.granularity, live_inputs, live_outputs)
         return sample(std, shape, seed, mask, self.distribution, compat.numpy_dtype(dtype))
 
@@ -188,6 +182,17 @@ class SparseScaledInit(compat.Initializer):
     def given_seed(self) -> int | None:
         """The seed of the constructor when it was an int; None when it was not given or is a generator."""
         return self._given_seed if isinstance(self._given_seed, int | np.integer) else None
+
+    def _resolved(
+        self, shape: Any, mask: Any, kernel_layout: Any, seed: int
+    ) -> tuple[tuple[int, ...], fans.KernelLayout, np.ndarray | None]:
+        """The shape, layout and boolean mask that the arguments of `draw` and the constructor's come to."""
+        shape = fans.check_shape(shape)
+        layout = fans.kernel_layout(self.kernel_layout if kernel_layout is None else kernel_layout, shape)
+        mask = self._own_mask() if mask is None else _mask_argument(mask)
+        if callable(mask):
+            mask = compat.to_numpy("mask", masks.draw(mask, shape, derive_seed(seed, "mask"), layout))
+        return shape, layout, None if mask is None else fans.as_mask(mask, shape)
 
     def _own_mask(self) -> Any:
         return self.mask if self.sparsity is None else masks.Random(self.sparsity)

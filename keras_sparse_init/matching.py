@@ -7,7 +7,7 @@ from typing import Any
 
 from keras_sparse_init import compat, fans
 from keras_sparse_init.initializers import SparseScaledInit
-from keras_sparse_init.orthogonal_initializers import ExactOrthogonalInit, OrthogonalInit
+from keras_sparse_init.orthogonal_initializers import ApproximateIsometryInit, ExactOrthogonalInit, OrthogonalInit
 from keras_sparse_init.sampling import TRUNCATED_STD
 
 
@@ -70,7 +70,7 @@ def _made(cls: type) -> Any:
 
 def unaware(initializer: SparseScaledInit | OrthogonalInit, library: Any) -> Any:
     """Keras's initializer with the settings of ours, which knows no masks."""
-    if isinstance(initializer, OrthogonalInit):
+    if isinstance(initializer, OrthogonalInit | ApproximateIsometryInit):
         return library.initializers.Orthogonal(initializer.gain or 1.0, seed=initializer.given_seed)
     return library.initializers.VarianceScaling(
         initializer.scale, initializer.mode, initializer.distribution, seed=initializer.given_seed

@@ -28,6 +28,7 @@ _INITIALIZERS = (
 # the name of that Keras in the module's `CLASSES`.
 _SHARED = {
     **dict.fromkeys(_INITIALIZERS, f"{PACKAGE}.initializers"),
+    "ApproximateIsometryInit": f"{PACKAGE}.orthogonal_initializers",
     "DeltaOrthogonalInit": f"{PACKAGE}.orthogonal_initializers",
     "ExactOrthogonalInit": f"{PACKAGE}.orthogonal_initializers",
     "Masked": f"{PACKAGE}.layers.masked",

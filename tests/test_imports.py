@@ -25,6 +25,7 @@ ORDER = (
     "schedules",
     "packing",
     "orthogonal",
+    "isometry",
     "table",
     "figures",
     "compat",

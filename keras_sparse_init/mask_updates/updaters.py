@@ -12,6 +12,7 @@ import numpy as np
 from keras_sparse_init import compat
 from keras_sparse_init.arguments import check_choice, check_positive, check_seed, is_integer
 from keras_sparse_init.blocks import BLOCK_SIZE, map_blocks
+from keras_sparse_init.initializers import SparseScaledInit
 from keras_sparse_init.mask_updates.base_callback import require_masked
 from keras_sparse_init.mask_updates.drop_grow import Exchange, Growth, drop_and_grow
 from keras_sparse_init.masked_kernel import MaskedKernel, trainable_kernels
@@ -160,8 +161,9 @@ class MaskUpdater:
         seed = self._seed(kernel, step, "init")
         if self.grow_init == "scaled":
             initializer = mask_aware(kernel.initializer, kernel.name, kernel.shape, kernel.layout)
-            values = initializer.draw(
-                kernel.shape, compat.true_dtype(kernel.kernel), exchange.mask, kernel.layout, seed
+            # Of an `ApproximateIsometryInit` the variance alone: the weights that stay are no part of a new isometry.
+            values = SparseScaledInit.draw(
+                initializer, kernel.shape, compat.true_dtype(kernel.kernel), exchange.mask, kernel.layout, seed
             )
         else:
             grown = np.zeros(exchange.mask.size, np.bool_)
