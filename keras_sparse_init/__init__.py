@@ -33,6 +33,7 @@ _HOME = {
     "SparseHeUniform": "initializers",
     "SparseLecunNormal": "initializers",
     "SparseLecunUniform": "initializers",
+    "SparseMuP": "sparse_mup",
     "SparseScaledInit": "initializers",
     "UpdatePruningStep": "tfmot",
     "WeightNorm": "layers",

@@ -24,10 +24,13 @@ _INITIALIZERS = (
     "SparseScaledInit",
 )
 
-# The class names of each Keras, with the module that each comes from. A layer has one class for each Keras there, by
-# the name of that Keras in the module's `CLASSES`.
+_OPTIMIZERS = tuple(f"SparseMuP{name}" for name in ("Adam", "AdamW", "Adamax", "Lion", "Nadam", "RMSprop", "SGD"))
+
+# The class names of each Keras, with the module that each comes from. A layer has one class for each Keras there, an
+# optimizer's module several, by the name of that Keras in the module's `CLASSES`.
 _SHARED = {
     **dict.fromkeys(_INITIALIZERS, f"{PACKAGE}.initializers"),
+    **dict.fromkeys(_OPTIMIZERS, f"{PACKAGE}.scaled_rates"),
     "ApproximateIsometryInit": f"{PACKAGE}.orthogonal_initializers",
     "DeltaOrthogonalInit": f"{PACKAGE}.orthogonal_initializers",
     "ExactOrthogonalInit": f"{PACKAGE}.orthogonal_initializers",
@@ -76,7 +79,8 @@ def _proxy(name: str, module: str, library: str) -> type:
 
     def real() -> Any:
         imported = importlib.import_module(module)
-        return imported.CLASSES[library] if hasattr(imported, "CLASSES") else getattr(imported, name)
+        found = imported.CLASSES[library] if hasattr(imported, "CLASSES") else vars(imported)
+        return found[name] if isinstance(found, dict) else found
 
     def from_config(cls: type, config: dict[str, Any]) -> Any:
         return real().from_config(config)

@@ -24,6 +24,7 @@ from keras_sparse_init import (
     Masked,
     SignalMonitor,
     SparseHeNormal,
+    SparseMuP,
     SparseScaledInit,
     calibrate_init,
     compat,
@@ -40,7 +41,8 @@ from keras_sparse_init.watching import watch
 
 MASK = np.random.default_rng(0).random((30, 20)) < 0.3
 
-INITIALIZERS = [getattr(keras_sparse_init, name) for name in keras_sparse_init.__all__ if name.startswith("Sparse")]
+NAMES = [name for name in keras_sparse_init.__all__ if name.startswith("Sparse") and name != "SparseMuP"]
+INITIALIZERS = [getattr(keras_sparse_init, name) for name in NAMES]
 
 
 def digests() -> list[str]:
@@ -295,6 +297,24 @@ def check_a_job_prunes_and_a_stopped_one_goes_on_to_the_same_weights():
         loaded = keras.models.load_model(whole.directory / "model.keras")
         for weight, expected in zip(loaded.get_weights(), whole.model.get_weights(), strict=True):
             np.testing.assert_array_equal(weight, expected)
+
+
+def check_a_step_goes_by_the_rates_of_the_variables():
+    layers = keras.layers
+    model = keras.Sequential([layers.Input((30,)), Masked(layers.Dense(20), mask=MASK), layers.Dense(3)])
+    mup = SparseMuP()
+    before = [keras.ops.convert_to_numpy(variable) for variable in model.trainable_variables]
+    model.compile(mup.optimizer(model, keras.optimizers.SGD(0.1)), "mse")
+    x, y = np.random.default_rng(0).normal(size=(2, 8, 30)).astype("float32")
+    model.train_on_batch(x, y[:, :3])
+    h = x @ before[0] + before[1]
+    d_out = 2 * (h @ before[2] + before[3] - y[:, :3]) / (8 * 3)
+    d_h = d_out @ before[2].T
+    gradients = [x.T @ d_h * MASK, d_h.sum(0), h.T @ d_out, d_out.sum(0)]
+    rates = [1 / MASK.mean(), 1, 1, 1]
+    for variable, start, gradient, rate in zip(model.trainable_variables, before, gradients, rates, strict=True):
+        found = keras.ops.convert_to_numpy(variable)
+        np.testing.assert_allclose(found, start - 0.1 * rate * gradient, rtol=0, atol=1e-6)
 
 
 def check_the_range_of_outputs_is_that_of_the_model():

@@ -40,6 +40,8 @@ ORDER = (
     "masked_kernel",
     "constraints",
     "slots",
+    "scaled_rates",
+    "sparse_mup",
     "folding",
     "watching",
     "batches",

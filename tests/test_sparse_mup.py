@@ -1,0 +1,388 @@
+"""The sparse maximal update parametrization: by its formulas, single steps of optimizers, and the coordinate check."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+from keras_sparse_init import (
+    Masked,
+    SparseGlorotNormal,
+    SparseHeNormal,
+    SparseMuP,
+    SparseScaledInit,
+    WeightNorm,
+    compat,
+    fans,
+    masked_kernels,
+    sparsify,
+)
+from keras_sparse_init.slots import slots_of
+
+BOTH = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
+ENDS = ["first", "last"]
+
+
+def mlp(library, width, depth=1, inputs=48, outputs=10):
+    layers = library.layers
+    inner = [layers.Dense(width, "relu", name=f"hidden_{i}") for i in range(depth)]
+    first, last = layers.Dense(width, "relu", name="first"), layers.Dense(outputs, name="last")
+    return library.Sequential([layers.Input((inputs,)), first, *inner, last])
+
+
+def sparse_mlp(library, width, density, depth=1, seed=0):
+    model = mlp(library, width, depth)
+    return sparsify(model, 1 - density, "uniform", wrapper="masked", skip=ENDS, seed=seed)
+
+
+def rows_of(mup, model):
+    return {row.name: row for row in mup.table(model).rows}
+
+
+def values_of(variables):
+    return [compat.to_numpy("v", variable).copy() for variable in variables]
+
+
+@BOTH
+def test_a_base_of_one_width_or_a_model_gives_the_formulas(library):
+    model = sparse_mlp(library, 64, 0.25)
+    for base in (16, mlp(library, 16)):
+        rows = rows_of(SparseMuP(base, base_density=0.5), model)
+        # (m_d, m_rho, variance, Adam, SGD), m_d = 64 / 16 and m_rho = 0.25 / 0.5.
+        expected = {
+            "first/kernel": ("input", 1, 1, 1, 1, 4),
+            "first/bias": ("vector", 1, 1, None, 1, 4),
+            "hidden_0/kernel": ("hidden", 4, 0.5, 1 / 2, 1 / 2, 2),
+            "hidden_0/bias": ("vector", 1, 1, None, 1, 4),
+            "last/kernel": ("output", 4, 1, 1 / 16, 1 / 4, 1 / 4),
+            "last/bias": ("vector", 1, 1, None, 1, 1),
+        }
+        assert list(rows) == list(expected)
+        for name, (role, *numbers) in expected.items():
+            row = rows[name]
+            found = [row.width, row.density, row.variance, row.adam_rate, row.sgd_rate]
+            assert row.role == role and found == pytest.approx(numbers), name
+    text = str(SparseMuP(16, 0.5).table(model)).splitlines()
+    assert text[3].split() == ["hidden_0/kernel", "hidden", "4", "0.5", "0.5", "0.5", "2"]
+    assert SparseMuP(16, 0.5).table(model).to_dict()[0]["role"] == "input"
+
+
+def test_without_a_base_only_the_density_counts_and_masks_at_the_ends_count_too():
+    model = sparsify(mlp(keras, 64), 0.75, "uniform", wrapper="masked", seed=0)
+    for row in SparseMuP().table(model).rows:
+        kernel = row.variance is not None
+        assert (row.width, row.adam_rate, row.sgd_rate) == (1, 4 if kernel else 1, 4 if kernel else 1)
+        assert row.variance == (4 if kernel else None)
+
+
+def test_convolutions_and_recurrent_layers_are_compared_by_their_fans():
+    layers = keras.layers
+
+    def network(width):
+        return keras.Sequential(
+            [
+                layers.Input((6, 6, 3)),
+                layers.Conv2D(width, 3, padding="same"),
+                layers.DepthwiseConv2D(3, padding="same"),
+                layers.BatchNormalization(),
+                layers.Conv2D(2 * width, 3, padding="same"),
+                layers.Flatten(),
+                layers.Dense(5),
+            ]
+        )
+
+    rows = list(rows_of(SparseMuP(network(4)), network(12)).values())
+    found = [(row.role, row.width, row.adam_rate, row.sgd_rate) for row in rows]
+    assert [numbers for numbers in found if numbers[0] != "vector"] == [
+        ("input", 1, 1, 3),
+        ("input", 1, 1, 3),
+        ("hidden", 3, pytest.approx(1 / 3), 1),
+        ("output", 3, pytest.approx(1 / 3), pytest.approx(1 / 3)),
+    ]
+    assert [row.sgd_rate for row in rows if row.role == "vector"] == [3, 3, 3, 3, 3, 1]
+
+    def recurrent(width):
+        embedding, gates = layers.Embedding(20, width), layers.LSTM(width, name="lstm")
+        return keras.Sequential([layers.Input((7,)), embedding, gates, layers.Dense(3, name="out")])
+
+    for base in (8, recurrent(8)):
+        rows = list(rows_of(SparseMuP(base), recurrent(32)).values())
+        found = [(row.role, row.width, row.adam_rate) for row in rows]
+        hidden, vector = ("hidden", 4, 0.25), ("vector", 1, 1)
+        assert found == [("input", 1, 1), hidden, hidden, vector, ("output", 4, 0.25), vector]
+
+
+@BOTH
+@pytest.mark.parametrize("wrapper", ["masked", "tfmot"])
+def test_kernels_have_the_variance_of_the_table(library, wrapper):
+    if wrapper == "tfmot" and library is keras:
+        pytest.skip("tfmot accepts only tf_keras")
+    model = sparsify(mlp(library, 256, 2), 0.75, "uniform", wrapper=wrapper, skip=ENDS, seed=0)
+    mup, base = SparseMuP(64), mlp(library, 64, 2)
+    biases = values_of(v for v in model.trainable_variables if len(v.shape) == 1)
+    mup.initialize(model, SparseScaledInit(3.0, granularity="layer"), seed=1)
+    masks = {id(kernel.kernel): kernel.mask_value() for kernel in masked_kernels(model)}
+    for variable, of_base, row in zip(
+        model.trainable_variables, base.trainable_variables, mup.table(model).rows, strict=True
+    ):
+        if row.variance is None:
+            continue
+        value, mask = compat.to_numpy("k", variable), masks.get(id(variable), True)
+        assert not value[~np.broadcast_to(mask, value.shape)].any()
+        active = value[np.broadcast_to(mask, value.shape)].astype(np.float64)
+        expected = row.variance * 3.0 / fans.dense_fans(tuple(of_base.shape))[0]
+        # The squares of truncated normal values of variance v have a variance below 2 v^2; five standard errors.
+        assert abs(np.mean(active**2) / expected - 1) < 5 * np.sqrt(2 / active.size), row.name
+    after = values_of(v for v in model.trainable_variables if len(v.shape) == 1)
+    assert all(map(np.array_equal, biases, after))
+    first = values_of(model.trainable_variables)
+    mup.initialize(model, SparseScaledInit(3.0, granularity="layer"), seed=1)
+    assert all(map(np.array_equal, first, values_of(model.trainable_variables)))
+    mup.initialize(model, seed=2)
+    assert not np.array_equal(first[0], values_of(model.trainable_variables)[0])
+
+
+def test_embeddings_and_frozen_kernels_stay():
+    layers = keras.layers
+    model = keras.Sequential(
+        [layers.Input((7,)), layers.Embedding(20, 8), layers.Flatten(), layers.Dense(6), layers.Dense(3, name="out")]
+    )
+    model.layers[-1].trainable = False
+    kernels = [model.layers[0].embeddings, model.layers[2].kernel, model.layers[3].kernel]
+    before = values_of(kernels)
+    SparseMuP().initialize(model, seed=0)
+    same = [np.array_equal(*pair) for pair in zip(before, values_of(kernels), strict=True)]
+    assert same == [True, False, True]
+
+
+def steps_of(library, optimizer, gradients, variables):
+    convert = keras.ops.convert_to_tensor if library is keras else tf.convert_to_tensor
+    for step in gradients:
+        optimizer.apply_gradients([(convert(g), v) for g, v in zip(step, variables, strict=True)])
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adamax", "Nadam", "RMSprop", "Lion"])
+def test_steps_are_those_of_an_optimizer_for_each_variable(library, name):
+    model = sparse_mlp(library, 16, 0.5)
+    rates = [row.sgd_rate if name == "SGD" else row.adam_rate for row in SparseMuP(8).table(model).rows]
+    start = values_of(model.trainable_variables)
+    rng = np.random.default_rng(0)
+    gradients = [[rng.normal(size=value.shape).astype("float32") for value in start] for _ in range(3)]
+    make = getattr(library.optimizers, name)
+    # Decoupled weight decay goes by the rate of the base, so that it is left out here.
+    arguments = {"weight_decay": 0.0} if name == "AdamW" else {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
+    scaled = SparseMuP(8).optimizer(model, make(0.01, **arguments))
+    assert isinstance(scaled, make) and len(set(rates)) >= 2
+    steps_of(library, scaled, gradients, model.trainable_variables)
+    for index, (variable, rate) in enumerate(zip(model.trainable_variables, rates, strict=True)):
+        alone = keras.Variable(start[index]) if library is keras else tf.Variable(start[index])
+        steps_of(library, make(0.01 * rate, **arguments), [[step[index]] for step in gradients], [alone])
+        found, expected = compat.to_numpy("v", variable), compat.to_numpy("v", alone)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6, err_msg=str(index))
+
+
+@BOTH
+def test_schedules_clipping_and_what_does_not_decay_are_kept(library):
+    model = sparse_mlp(library, 16, 0.5)
+    schedule = library.optimizers.schedules.PiecewiseConstantDecay([1], [0.1, 0.0])
+    optimizer = library.optimizers.SGD(schedule, global_clipnorm=1.0, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_list=[v for v in model.trainable_variables if len(v.shape) < 2])
+    scaled = SparseMuP(8).optimizer(model, optimizer)
+    rates = [row.sgd_rate for row in SparseMuP(8).table(model).rows]
+    start = values_of(model.trainable_variables)
+    gradients = [np.ones_like(value) for value in start]
+    norm = np.sqrt(sum(value.size for value in start))
+    steps_of(library, scaled, [gradients], model.trainable_variables)
+    after = values_of(model.trainable_variables)
+    for before, value, rate in zip(start, after, rates, strict=True):
+        # The decay comes first and goes by the learning rate itself; the norm is that over all variables.
+        decayed = before * (1 - 0.1 * 0.5) if before.ndim > 1 else before
+        np.testing.assert_allclose(value, decayed - 0.1 * rate / norm, rtol=0, atol=1e-6)
+    # After two steps the schedule is at 0.
+    steps_of(library, scaled, [gradients], model.trainable_variables)
+    before = values_of(model.trainable_variables)
+    steps_of(library, scaled, [gradients], model.trainable_variables)
+    assert all(map(np.array_equal, before, values_of(model.trainable_variables)))
+
+
+def data(seed=0, count=256):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(count, 48)).astype("float32"), rng.integers(0, 10, count)
+
+
+def fitted(library, model, optimizer, steps=10, **compiled):
+    x, y = data()
+    loss = library.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, **compiled)
+    model.fit(x, y, batch_size=len(x), epochs=steps, verbose=0, shuffle=False)
+    return model
+
+
+@BOTH
+def test_models_are_saved_with_it_and_train_on(library, tmp_path):
+    def trained(steps):
+        model = sparse_mlp(library, 16, 0.5)
+        SparseMuP(8).initialize(model, seed=0)
+        return fitted(library, model, SparseMuP(8).optimizer(model, library.optimizers.Adam(0.01)), steps)
+
+    model = trained(3)
+    model.save(tmp_path / "model.keras")
+    loaded = library.models.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.rate_multipliers == model.optimizer.rate_multipliers
+    assert type(loaded.optimizer) is type(model.optimizer)
+    x, y = data()
+    loaded.fit(x, y, batch_size=len(x), epochs=2, verbose=0, shuffle=False)
+    for one, other in zip(values_of(loaded.variables), values_of(trained(5).variables), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@BOTH
+@pytest.mark.parametrize("compiled", [{"jit_compile": True}, {"run_eagerly": True}, {"steps_per_execution": 2}])
+def test_ways_to_run_a_step_end_alike(library, compiled):
+    def trained(**how):
+        model = sparse_mlp(library, 16, 0.5)
+        SparseMuP(8).initialize(model, seed=0)
+        return fitted(library, model, SparseMuP(8).optimizer(model, library.optimizers.Adam(0.01)), 4, **how)
+
+    for one, other in zip(values_of(trained().variables), values_of(trained(**compiled).variables), strict=True):
+        # Adam divides by the root of a second moment: rounding of small gradients shows up to a part of a step.
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+
+
+@BOTH
+def test_mixed_precision_scales_the_loss_around_it(library):
+    layers = library.layers
+    stack = [layers.Input((48,)), Masked(layers.Dense(16, "relu", dtype="mixed_float16"), sparsity=0.5, seed=0)]
+    model = library.Sequential([*stack, layers.Dense(10, dtype="float32")])
+    mup, before = SparseMuP(), values_of(model.trainable_variables)
+    optimizer = mup.optimizer(model, library.optimizers.SGD(0.1))
+    wrapped = (library.optimizers if library is keras else library.mixed_precision).LossScaleOptimizer(optimizer)
+    fitted(library, model, wrapped, 1)
+    masked = masked_kernels(model)[0]
+    moved = compat.to_numpy("k", masked.kernel) - before[0]
+    assert np.all(moved[masked.mask_value()] != 0) and not np.any(moved[~masked.mask_value()])
+
+
+def signals(model):
+    """The activations of the hidden layers and the outputs."""
+    probe = keras.Model(model.inputs[0], [layer.output for layer in model.layers])
+    return [np.array(values) for values in probe(data()[0])]
+
+
+def activations(density, initialized, rates):
+    """Mean |activation| of hidden layers after ten steps; initialized or trained as a dense model where not asked."""
+    model = sparse_mlp(keras, 1024, density, depth=4)
+    mup, optimizer = SparseMuP(), keras.optimizers.Adam(5e-4)
+    mup.initialize(model, SparseHeNormal(granularity="layer" if initialized else "dense"), seed=0)
+    fitted(keras, model, mup.optimizer(model, optimizer) if rates else optimizer)
+    return np.array([np.abs(values).mean() for values in signals(model)[:-1]])
+
+
+def test_the_coordinate_check_over_densities():
+    dense = activations(1.0, True, True)
+    both, standard, initialized, rates = (
+        activations(1 / 16, *how) / dense for how in ((True, True), (False, False), (True, False), (False, True))
+    )
+    assert np.all(np.abs(np.log(both)) < np.log(1.3)), both
+    assert standard[-1] < 1 / 30
+    assert np.abs(np.log(initialized)).max() > np.log(1.5)
+    assert np.abs(np.log(rates)).max() > np.log(1.5)
+
+
+def changes(width, scaled, optimizer, seeds):
+    """How much ten steps change activations, mean |difference|, from outputs of 0 on, whose size is no matter then."""
+    found = []
+    for seed in range(seeds):
+        model, mup = sparse_mlp(keras, width, 0.5, depth=2, seed=seed), SparseMuP(128)
+        (mup if scaled else SparseMuP()).initialize(model, SparseHeNormal(granularity="layer"), seed=seed)
+        model.layers[-1].kernel.assign(np.zeros(model.layers[-1].kernel.shape))
+        before = signals(model)
+        made = type(optimizer).from_config(optimizer.get_config())
+        fitted(keras, model, mup.optimizer(model, made) if scaled else made)
+        found.append([np.abs(after - first).mean() for after, first in zip(signals(model), before, strict=True)])
+    return np.mean(found, axis=0)
+
+
+@pytest.mark.parametrize("optimizer", [keras.optimizers.Adam(1e-3), keras.optimizers.SGD(0.05)], ids=["Adam", "SGD"])
+def test_the_coordinate_check_over_widths(optimizer):
+    narrow = changes(128, True, optimizer, seeds=4)
+    scaled, standard = (changes(1024, how, optimizer, seeds=1) / narrow for how in (True, False))
+    assert np.all(np.abs(np.log(scaled)) < np.log(1.3)), scaled
+    # The first layer, whose fan-in does not grow, is alike in both.
+    assert np.all(standard[1:] > 1.5), standard
+
+
+def test_frozen_layers_after_that_are_an_error():
+    model = sparse_mlp(keras, 16, 0.5)
+    optimizer = SparseMuP().optimizer(model, keras.optimizers.SGD())
+    model.layers[0].trainable = False
+    with pytest.raises(ValueError, match="6 variables. Received: 4"):
+        fitted(keras, model, optimizer, 1)
+
+
+def test_bad_arguments_are_named():
+    for arguments, named in (
+        ({"base": 0}, "`base`.*0"),
+        ({"base_density": 0.0}, "`base_density`"),
+        ({"base_density": 1.5}, r"`base_density`.*\(0, 1\].*1.5"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            SparseMuP(**arguments)
+    with pytest.raises(TypeError, match="layer or model"):
+        SparseMuP("small")
+
+
+def test_models_that_cannot_be_scaled_are_refused():
+    layers, model = keras.layers, sparse_mlp(keras, 16, 0.5)
+    with pytest.raises(ValueError, match="`base` must have the layers of the model"):
+        SparseMuP(mlp(keras, 8, 2)).table(model)
+    two = keras.Sequential([layers.Input((48,)), layers.Dense(32), layers.Dense(16), layers.Dense(10)])
+    with pytest.raises(ValueError, match=r"hidden widths \[16, 32\].*give the base as a model"):
+        SparseMuP(8).table(two)
+    with pytest.raises(ValueError, match=r"inputs and outputs \[10, 16\]"):
+        SparseMuP(8).table(mlp(keras, 16, inputs=16))
+    with pytest.raises(ValueError, match="at least two kernels"):
+        SparseMuP(8).table(keras.Sequential([layers.Input((48,)), layers.Dense(16)]))
+    normed = keras.Sequential([layers.Input((48,)), WeightNorm(layers.Dense(16)), layers.Dense(10)])
+    with pytest.raises(ValueError, match="WeightNorm"):
+        SparseMuP().table(normed)
+    group = keras.Sequential([layers.Input((48,)), layers.LayerNormalization(axis=1), layers.Dense(3)])
+    assert [row.role for row in SparseMuP().table(group).rows] == ["vector", "vector", "hidden", "vector"]
+
+    class Own(layers.Layer):
+        def build(self, shape):
+            self.table = self.add_weight(shape=(4, 4), name="table")
+
+        def call(self, x):
+            return x
+
+    with pytest.raises(ValueError, match=r"how other weights scale is not known.*\(4, 4\)"):
+        SparseMuP().table(keras.Sequential([layers.Input((48,)), Own(), layers.Dense(3)]))
+
+
+@BOTH
+def test_optimizers_and_initializers_that_do_not_fit_are_refused(library):
+    model = sparse_mlp(library, 16, 0.5)
+    other = keras if library is tf_keras else tf_keras
+    for optimizer in (library.optimizers.Adagrad(), other.optimizers.Adam(), "adam"):
+        with pytest.raises(ValueError, match="`optimizer` must be one of SGD, Adam"):
+            SparseMuP().optimizer(model, optimizer)
+    built = library.optimizers.Adam()
+    built.build(model.trainable_variables)
+    with pytest.raises(ValueError, match="must not be built"):
+        SparseMuP().optimizer(model, built)
+    before = values_of(model.variables)
+    for initializer in (SparseGlorotNormal(), SparseHeNormal(granularity="effective")):
+        with pytest.raises(ValueError, match="`initializer` must scale by the fan-in"):
+            SparseMuP().initialize(model, initializer)
+    assert all(map(np.array_equal, before, values_of(model.variables)))
+
+
+@BOTH
+def test_slots_are_found_by_what_updates_masks(library):
+    model = sparse_mlp(library, 16, 0.5)
+    optimizer = SparseMuP().optimizer(model, library.optimizers.Adam())
+    optimizer.build(model.trainable_variables)
+    assert len(list(slots_of(optimizer, masked_kernels(model)[0].kernel))) == 2
