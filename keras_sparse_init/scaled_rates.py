@@ -60,7 +60,8 @@ class _WithRates:
 
     def build(self, variables: Any) -> None:
         """Makes the slots of the variables, each of which must have a multiplier."""
-        if len(variables) != len(self.rate_multipliers):
+        # Keras 3 builds the optimizer of an .h5 file with no variables at all.
+        if len(variables) not in (0, len(self.rate_multipliers)):
             raise ValueError(
                 f"This optimizer has learning rates for {len(self.rate_multipliers)} variables. Received: "
                 f"{len(variables)}. Make it anew (`SparseMuP.optimizer`) after layers were frozen or added"

@@ -143,6 +143,10 @@ class SparseMuP:
                 layers with `WeightNorm`, whose norm is no matter of the kernel, or variables of unknown kind.
         """
         variables = model.trainable_variables
+        if not variables:
+            raise ValueError(
+                f"`model` must be built and have trainable variables. Received: {model.name!r} without any"
+            )
         places = {id(place.kernel): place for place in traversal.kernels_of(model)}
         masks = {id(kernel.kernel): kernel.mask_value() for kernel in masked_kernels(model)}
         _check_kinds(model, variables, places)
@@ -268,10 +272,13 @@ def _narrowed(shapes: list[tuple[int, ...]], places: list[Any], width: int) -> l
             f"Received: hidden widths {sorted(inner)}, inputs and outputs {sorted(outer)}; give the base as a model"
         )
     (own,) = inner
+    blocks = {layout.blocks for _, layout in kernels}
     narrowed = []
     for shape, layout in zip(shapes, layouts, strict=True):
-        gates = 1 if layout is None else layout.blocks
-        narrowed.append(tuple(width if n == own else gates * width if n == gates * own else n for n in shape))
+        # A bias has as many numbers as its kernel has units, those of all gates.
+        replaced = {g * own: g * width for g in (blocks if layout is None else {1, layout.blocks})}
+        axes = range(len(shape)) if layout is None else layout.input_axes + layout.output_axes
+        narrowed.append(tuple(replaced.get(n, n) if axis in axes else n for axis, n in enumerate(shape)))
     return narrowed
 
 

@@ -108,9 +108,23 @@ def test_convolutions_and_recurrent_layers_are_compared_by_their_fans():
 
     for base in (8, recurrent(8)):
         rows = list(rows_of(SparseMuP(base), recurrent(32)).values())
-        found = [(row.role, row.width, row.adam_rate) for row in rows]
-        hidden, vector = ("hidden", 4, 0.25), ("vector", 1, 1)
-        assert found == [("input", 1, 1), hidden, hidden, vector, ("output", 4, 0.25), vector]
+        found = [(row.role, row.width, row.adam_rate, row.sgd_rate) for row in rows]
+        hidden = ("hidden", 4, 0.25, 1)
+        ends = ("input", 1, 1, 4), ("output", 4, 0.25, 0.25)
+        assert found == [ends[0], hidden, hidden, ("vector", 1, 1, 4), ends[1], ("vector", 1, 1, 1)]
+
+
+def test_the_width_is_no_matter_of_the_receptive_field():
+    layers = keras.layers
+
+    def network(width):
+        convolutions = [layers.Conv2D(width, 5, padding="same") for _ in range(2)]
+        return keras.Sequential([layers.Input((8, 8, 2)), *convolutions, layers.GlobalMaxPooling2D(), layers.Dense(3)])
+
+    for base in (10, network(10)):
+        rows = SparseMuP(base).table(network(5)).rows
+        assert [row.width for row in rows] == [1, 1, 0.5, 1, 0.5, 1]
+        assert [row.sgd_rate for row in rows] == [0.5, 0.5, 1, 0.5, 2, 1]
 
 
 @BOTH
@@ -239,6 +253,18 @@ def test_models_are_saved_with_it_and_train_on(library, tmp_path):
 
 
 @BOTH
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file:UserWarning")
+def test_models_come_back_from_h5(library, tmp_path):
+    model = sparse_mlp(library, 16, 0.5)
+    fitted(library, model, SparseMuP(8).optimizer(model, library.optimizers.Adam(0.01)), 1)
+    model.save(tmp_path / "model.h5")
+    loaded = library.models.load_model(tmp_path / "model.h5")
+    assert loaded.optimizer.rate_multipliers == model.optimizer.rate_multipliers
+    x, _ = data()
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+
+
+@BOTH
 @pytest.mark.parametrize("compiled", [{"jit_compile": True}, {"run_eagerly": True}, {"steps_per_execution": 2}])
 def test_ways_to_run_a_step_end_alike(library, compiled):
     def trained(**how):
@@ -330,6 +356,8 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=named):
             SparseMuP(**arguments)
+    with pytest.raises(ValueError, match="`model` must be built"):
+        SparseMuP().table(keras.Sequential([keras.layers.Dense(3)]))
     with pytest.raises(TypeError, match="layer or model"):
         SparseMuP("small")
 
