@@ -31,10 +31,10 @@ def approximate_isometry(
     convolution, each channel of a depthwise one and each gate of a recurrent kernel is a matrix by itself. A unit (an
     input, with fewer inputs) without weights adds gain^2 to the residual whatever the others are.
 
-    A step is one of SciPy's L-BFGS-B, which never raises the residual: a hundred come about as far as several thousand
-    of plain gradient descent, the paper's way. The last is that which lowers the square of the residual by less than a
-    millionth (of itself, as long as it is above gain^4). The start counts: the paper's is an orthogonal kernel, masked,
-    as `ApproximateIsometryInit` draws it.
+    Each matrix is scaled first, as suits it best. A step is one of SciPy's L-BFGS-B, which never raises the residual: a
+    hundred come about as far as several thousand of plain gradient descent, the paper's way. The last is that which
+    lowers the square of the residual by less than a millionth (of itself, as long as it is above gain^4). The start
+    counts: the paper's is an orthogonal kernel, masked, as `ApproximateIsometryInit` draws it.
 
     Args:
         kernel: Array of the kernel's shape, finite, not all 0 on the mask. It is left alone.
@@ -148,6 +148,17 @@ def _descend(start: np.ndarray, active: np.ndarray, steps: int, verbose: bool) -
 
     # A step may try several lengths: `maxfun` would count each.
     options = {"maxiter": steps, "maxfun": 20 * steps, "ftol": _LEAST_DECREASE, "gtol": 0.0}
-    result = minimize(objective, start.reshape(-1)[places], jac=True, method="L-BFGS-B", callback=tell, options=options)
+    result = minimize(
+        objective, _scaled(start).reshape(-1)[places], jac=True, method="L-BFGS-B", callback=tell, options=options
+    )
     current.reshape(-1)[places] = result.x
     return current
+
+
+def _scaled(matrices: np.ndarray) -> np.ndarray:
+    """Each matrix M times the s that makes || s^2 M^T M - I || the smallest: s^2 = tr(M^T M) / || M^T M ||^2."""
+    largest = np.abs(matrices).max(axis=(1, 2), keepdims=True)
+    matrices = matrices / np.where(largest > 0, largest, 1.0)
+    products = matrices.swapaxes(1, 2) @ matrices
+    trace, square = np.trace(products, axis1=1, axis2=2), np.square(products).sum(axis=(1, 2))
+    return matrices * np.sqrt(trace / np.where(square > 0, square, 1.0))[:, None, None]

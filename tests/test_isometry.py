@@ -15,12 +15,14 @@ from keras_sparse_init import (
     compat,
     masked_kernels,
     masks,
+    measure_signal,
     reinitialize,
     sparsify,
     strip,
 )
 from keras_sparse_init.fans import kernel_layout
 from keras_sparse_init.isometry import matrices
+from keras_sparse_init.signal.kernel_scale import expected_scales, scale_of
 
 BOTH = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
 
@@ -137,6 +139,29 @@ def test_the_mask_may_be_what_is_not_zero_and_a_kernel_empty():
     np.testing.assert_array_equal(approximate_isometry(start), approximate_isometry(start, mask))
     assert not approximate_isometry(start, np.zeros_like(mask)).any()
     assert approximate_isometry([[3]]).tolist() == [[pytest.approx(1.0, abs=1e-3)]]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e6, 1e100])
+def test_kernels_of_any_size_end_alike(scale):
+    mask = masks.random_mask((40, 20), 0.8, seed=1)
+    start = masked_orthogonal((40, 20), mask)
+    expected = approximate_isometry(start, mask)
+    np.testing.assert_allclose(approximate_isometry(scale * start, mask), expected, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(30, 60), (60, 30)])
+def test_their_scale_is_known_to_the_diagnosis(shape):
+    layers = keras.layers
+    dense = layers.Dense(shape[1], kernel_initializer=ApproximateIsometryInit(1.4, seed=0), name="d")
+    model = keras.Sequential([layers.Input(shape[:1]), Masked(dense, sparsity=0.8, seed=0)])
+    x = np.random.default_rng(0).normal(size=(64, shape[0])).astype("float32")
+    assert measure_signal(model, x).diagnose() == []
+    kernel = masked_kernels(model)[0]
+    expected, ignored = expected_scales(kernel, kernel.mask_value())
+    found = scale_of(compat.to_numpy("k", kernel.kernel), kernel.mask_value(), kernel.layout)
+    assert found == pytest.approx(expected, rel=0.01)
+    masked = ApproximateIsometryInit(1.4, steps=0).draw(shape, "float32", kernel.mask_value(), kernel.layout, 0)
+    assert scale_of(masked, kernel.mask_value(), kernel.layout) == pytest.approx(ignored, rel=0.1)
 
 
 def test_long_runs_tell_how_far_they_are(capsys, monkeypatch):

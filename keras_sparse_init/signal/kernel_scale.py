@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from keras_sparse_init import compat, fans
+from keras_sparse_init.isometry import matrices
 from keras_sparse_init.layers import WeightNorm
 from keras_sparse_init.masked_kernel import MaskedKernel
 from keras_sparse_init.matching import mask_aware
+from keras_sparse_init.orthogonal_initializers import ApproximateIsometryInit
 from keras_sparse_init.traversal import walk
 from keras_sparse_init.variance import weight_std
 
@@ -59,6 +61,10 @@ def expected_scales(kernel: MaskedKernel, mask: np.ndarray) -> tuple[float | Non
         own = mask_aware(kernel.initializer, kernel.name, kernel.shape, kernel.layout)
     except (AttributeError, TypeError, ValueError):
         return None, None
+    if isinstance(own, ApproximateIsometryInit):
+        # Each unit, or each input of a kernel that has fewer of them, has the norm `gain`, if it has any weight.
+        total = own.gain**2 * float(np.count_nonzero(matrices(mask, kernel.layout).any(axis=1)))
+        return total / units, total * float(mask.mean()) / units
     scales = []
     for granularity in ("unit", "dense"):
         std = weight_std(kernel.shape, mask, kernel.layout, own.scale, own.mode, granularity)
