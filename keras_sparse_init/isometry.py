@@ -112,12 +112,11 @@ def matrices(values: np.ndarray, kernel_layout: Any = None) -> np.ndarray:
     rows = [axis for axis in range(layout.rank) if axis in layout.fan_in_axes]
     alone = [axis for axis in range(layout.rank) if axis not in layout.fan_in_axes + layout.fan_out_axes]
     columns = [axis for axis in range(layout.rank) if axis not in rows + alone]
-    # The last axis is one of units wherever it falls into blocks.
     moved = values.transpose(alone + rows + columns)
     sizes = [int(np.prod([values.shape[axis] for axis in axes])) for axes in (alone, rows, columns)]
     if layout.blocks > 1:
-        lead = sizes[2] // values.shape[-1]
-        moved = moved.reshape(sizes[0], sizes[1], lead, layout.blocks, -1).transpose(0, 3, 1, 2, 4)
+        # Of the last axis, which is the only one of units then.
+        moved = moved.reshape(sizes[0], sizes[1], layout.blocks, -1).swapaxes(1, 2)
         sizes = [sizes[0] * layout.blocks, sizes[1], sizes[2] // layout.blocks]
     moved = moved.reshape(sizes)
     return moved if sizes[1] >= sizes[2] else moved.swapaxes(1, 2)

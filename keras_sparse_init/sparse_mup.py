@@ -210,7 +210,6 @@ class SparseMuP:
             drawn.append((place.kernel, (factor * value).astype(compat.numpy_dtype(dtype))))
         for kernel, value in drawn:
             compat.assign(kernel, value)
-        traversal.kernels_were_drawn(model, [kernel for kernel, _ in drawn])
 
     def optimizer(self, model: Any, optimizer: Any) -> Any:
         """An optimizer of the same kind and settings that scales the learning rate of each variable.

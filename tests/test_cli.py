@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import tf_keras
 
-from keras_sparse_init import SparseScaledInit, cli
+from keras_sparse_init import ApproximateIsometryInit, ExactOrthogonalInit, SparseScaledInit, cli, sparsify
 from keras_sparse_init._version import __version__
 from keras_sparse_init.sparse_model import masked_kernels
 from keras_sparse_init.training import checkpoints
 from keras_sparse_init.training.configs import config_root, find_config
 from keras_sparse_init.training.gin_registry import make_job
-from keras_sparse_init.training.networks import lenet5
+from keras_sparse_init.training.networks import lenet5, mlp
 
 # Of the command `train`: one directory for each network. What is published is given after another.
 _FILES = [path for path in config_root().glob("*/*.gin") if path.stem != "published"]
@@ -175,6 +175,23 @@ def test_the_masks_of_a_run_are_taken_by_bindings(trained):
     with np.load(out / "masks.npz") as masks:
         for kernel in masked_kernels(job.model):
             np.testing.assert_array_equal(kernel.mask, masks[kernel.name])
+
+
+@pytest.mark.parametrize(
+    "initializer",
+    [ApproximateIsometryInit(gain=1.5, steps=7), ExactOrthogonalInit(gain=1.5, construction="matchings")],
+)
+def test_a_job_begins_with_the_initializer_that_a_binding_names(initializer):
+    name = type(initializer).__name__
+    own = {"gain": 1.5, **({"steps": 7} if name.startswith("Approx") else {"construction": "matchings"})}
+    bindings = [f"scratch.initializer=@{name}", *(f"{name}.{key}={value!r}" for key, value in own.items())]
+    job, config = make_job([find_config("mlp/scratch.gin")], [*bindings, "SPARSITY=0.9"])
+    described = job.experiment.describe()
+    assert (described["init"], described["initializer"]) == (name, own)
+    assert f"scratch.initializer = @{name}" in config
+    expected = sparsify(mlp((28, 28, 1), classes=10, seed=0), 0.9, initializer=initializer, seed=0)
+    for ours, other in zip(masked_kernels(job.model), masked_kernels(expected), strict=True):
+        np.testing.assert_array_equal(ours.kernel, other.kernel)
 
 
 def test_report_of_a_trained_run_has_its_numbers(trained, capsys):

@@ -23,6 +23,7 @@ PRINTED = {
     ),
     "lottery_tickets.ipynb": ("accuracy %", "RigL", "from prune to lottery"),
     "other_models.ipynb": ("off the mask, the largest: 0", "from 1.000000 to 1.000000", "inside the loop over time"),
+    "which_initialization.ipynb": ("singular values", "best learning rate", "those that stayed are the same: True"),
     "output_range.ipynb": ("[-0.5, 1]", "width of the bounds", "by method exact"),
 }
 

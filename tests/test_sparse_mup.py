@@ -18,6 +18,7 @@ from keras_sparse_init import (
     masked_kernels,
     sparsify,
 )
+from keras_sparse_init.scaled_rates import with_rates
 from keras_sparse_init.slots import slots_of
 
 BOTH = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
@@ -200,11 +201,23 @@ def test_steps_are_those_of_an_optimizer_for_each_variable(library, name):
 @BOTH
 def test_schedules_clipping_and_what_does_not_decay_are_kept(library):
     model = sparse_mlp(library, 16, 0.5)
-    schedule = library.optimizers.schedules.PiecewiseConstantDecay([1], [0.1, 0.0])
-    optimizer = library.optimizers.SGD(schedule, global_clipnorm=1.0, weight_decay=0.5)
+
+    class Own(library.optimizers.schedules.LearningRateSchedule):  # No Keras could find it by its name.
+        def __init__(self, first):
+            self.inner = library.optimizers.schedules.PiecewiseConstantDecay([1], [first, 0.0])
+
+        def __call__(self, step):
+            return self.inner(step)
+
+        def get_config(self):
+            return {"first": 0.1}
+
+    optimizer = library.optimizers.SGD(Own(0.1), global_clipnorm=1.0, weight_decay=0.5)
     optimizer.exclude_from_weight_decay(var_list=[v for v in model.trainable_variables if len(v.shape) < 2])
     scaled = SparseMuP(8).optimizer(model, optimizer)
     rates = [row.sgd_rate for row in SparseMuP(8).table(model).rows]
+    for variable in model.trainable_variables:
+        variable.assign(variable + 0.5)  # Biases that are 0 would not decay.
     start = values_of(model.trainable_variables)
     gradients = [np.ones_like(value) for value in start]
     norm = np.sqrt(sum(value.size for value in start))
@@ -219,6 +232,18 @@ def test_schedules_clipping_and_what_does_not_decay_are_kept(library):
     before = values_of(model.trainable_variables)
     steps_of(library, scaled, [gradients], model.trainable_variables)
     assert all(map(np.array_equal, before, values_of(model.trainable_variables)))
+
+
+@BOTH
+def test_outside_of_a_step_the_learning_rate_is_that_of_the_optimizer(library):
+    variables = [(keras.Variable if library is keras else tf.Variable)(np.ones(2, np.float32)) for _ in range(2)]
+    optimizer = with_rates(library.optimizers.SGD(0.1, weight_decay=0.5), (1.0, 3.0))
+    for _ in range(2):
+        steps_of(library, optimizer, [[np.ones(2, np.float32)] * 2], variables)
+        assert float(optimizer.learning_rate) == pytest.approx(0.1)
+    for variable, rate in zip(variables, (0.1, 0.3), strict=True):
+        # w - 0.1 * 0.5 w - rate, twice.
+        np.testing.assert_allclose(compat.to_numpy("v", variable), 0.95 * (0.95 - rate) - rate, rtol=1e-6)
 
 
 def data(seed=0, count=256):

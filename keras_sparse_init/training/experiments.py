@@ -149,16 +149,15 @@ class Scratch:
     def describe(self) -> dict[str, Any]:
         """What a run's summary says of the experiment: its name, the method and the initialization."""
         initializer = self._initializer()
+        config = initializer.get_config()
         return {
             "experiment": self.name,
             "method": self.method if self.masks_from is None else "shuffled" if self.shuffled else "taken",
-            "init": "-".join(
-                filter(None, (getattr(initializer, "granularity", type(initializer).__name__), self.calibrate))
-            ),
+            "init": "-".join(filter(None, (config.get("granularity", type(initializer).__name__), self.calibrate))),
             "initializer": {
                 name: value
-                for name, value in initializer.get_config().items()
-                if name in ("scale", "mode", "distribution")
+                for name, value in config.items()
+                if name in ("scale", "mode", "distribution", "gain", "steps", "construction")
             },
         }
 

@@ -22,6 +22,7 @@ import gin
 from keras_sparse_init.comparison.compare import compare_initializers
 from keras_sparse_init.comparison.report import InitializerComparison
 from keras_sparse_init.initializers import SparseScaledInit
+from keras_sparse_init.orthogonal_initializers import ApproximateIsometryInit, ExactOrthogonalInit
 from keras_sparse_init.training.configs import config_root
 from keras_sparse_init.training.experiments import Dense, Lottery, Prune, Scratch
 from keras_sparse_init.training.job import Job
@@ -43,6 +44,8 @@ gin.external_configurable(Scratch, name="scratch", module=_MODULE)
 gin.external_configurable(Dynamic, name="dynamic", module=_MODULE)
 gin.external_configurable(AtInit, name="at_init", module=_MODULE)
 gin.external_configurable(SparseScaledInit, module=_MODULE)
+gin.external_configurable(ApproximateIsometryInit, module=_MODULE)
+gin.external_configurable(ExactOrthogonalInit, module=_MODULE)
 gin.external_configurable(lenet5, module=_MODULE)
 gin.external_configurable(mlp, module=_MODULE)
 
