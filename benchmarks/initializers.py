@@ -225,7 +225,8 @@ def readme_table(results: dict[str, Any]) -> str:
     columns = [(n, f, when) for n in ("mlp", "lenet5") for f in FAMILIES for when in ("few", "many")]
     found = {(r["network"], r["masks"], r["init"]): r for r in results["rows"] if r["sparsity"] == 0.95}
     names = {"mlp": "MLP", "lenet5": "LeNet-5", "uniform": "random", "heterogeneous": "heterogeneous"}
-    heads = [f"{names[n]}, {names[f]}, {when}" for n, f, when in columns]
+    names |= {"few": "5", "many": "45"}
+    heads = [f"{names[n]}, {names[f]}, {names[when]} epochs" for n, f, when in columns]
     lines = ["| at 95% sparsity | " + " | ".join(heads) + " | time |", "|---|" + "--:|" * (len(columns) + 1)]
     best = {}
     for network, family, when in columns:
@@ -241,7 +242,8 @@ def readme_table(results: dict[str, Any]) -> str:
             text = f"{100 * row[when]:.1f} ± {100 * (row[f'{when}_error'] or 0.0):.1f}"
             cells.append(f"**{text}**" if row[when] >= best[network, family, when] else text)
         times = [row["time"] for (network, family, init), row in found.items() if init == name]
-        lines.append(f"| {words} | " + " | ".join(cells) + f" | {np.median(times):.3g} |")
+        time_taken = np.median(times)
+        lines.append(f"| {words} | " + " | ".join(cells) + f" | {time_taken:{',.0f' if time_taken >= 10 else '.2g'}} |")
     return "\n".join(lines) + "\n"
 
 
