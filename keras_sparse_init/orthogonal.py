@@ -74,15 +74,15 @@ def expected_density(rows: int, rotations: int) -> float:
     return float((np.linalg.matrix_power(step, rotations)[1] @ k) / rows)
 
 
-def _start(rows: int, columns: int, random: np.random.Generator) -> np.ndarray:
-    """In each column a 1 or -1, in a row of its own: which of a rotated row come first is left to chance."""
-    matrix = np.zeros((rows, columns))
-    matrix[random.permutation(rows)[:columns], np.arange(columns)] = random.choice([-1.0, 1.0], columns)
-    return matrix
+def _start(rows: int, columns: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """For each column its only row, and the 1 or -1 there: which of a rotated row come first is left to chance."""
+    return random.permutation(rows)[:columns], random.choice([-1.0, 1.0], columns)
 
 
 def _by_rotations(rows: int, columns: int, nonzeros: int, random: np.random.Generator) -> np.ndarray:
-    matrix = _start(rows, columns, random)
+    places, signs = _start(rows, columns, random)
+    matrix = np.zeros((rows, columns))
+    matrix[places, np.arange(columns)] = signs
     support = matrix != 0
     counts, total = support.sum(axis=1), columns
     while total < nonzeros:
@@ -106,7 +106,8 @@ def _by_rotations(rows: int, columns: int, nonzeros: int, random: np.random.Gene
 def _by_matchings(rows: int, columns: int, nonzeros: int, random: np.random.Generator) -> np.ndarray:
     from scipy import sparse
 
-    matrix = sparse.csr_array(_start(rows, columns, random))
+    places, signs = _start(rows, columns, random)
+    matrix = sparse.csr_array((signs, (places, np.arange(columns))), (rows, columns))
     while matrix.nnz < nonzeros:
         pairs = random.permutation(rows)[: rows // 2 * 2].reshape(-1, 2)
         angles = random.uniform(0, 2 * np.pi, len(pairs))

@@ -136,15 +136,20 @@ class ExactOrthogonalInit(OrthogonalInit):
             )
         rng = np.random.Generator(np.random.SFC64(derive_seed(seed, "orthogonal")))
         matrix = sparse_orthogonal(inputs, units, min(wanted, places), self.construction, rng)
-        kernel, mask = np.zeros(shape), np.zeros(shape, bool)
-        kernel[centre], mask[centre] = self.gain * matrix, matrix != 0
-        around = np.ones(shape, bool)
-        around[centre] = False
+        matrix *= self.gain
+        matrix = matrix.astype(compat.numpy_dtype(dtype))
+        if size == places:
+            return matrix.reshape(shape), matrix.reshape(shape) != 0
+        kernel = np.zeros(shape, matrix.dtype)
+        kernel[centre] = matrix
+        mask = kernel != 0
         more = wanted - np.count_nonzero(mask)
-        if self.spread and more > 0 and around.any():
+        if self.spread and more > 0:
+            around = np.ones(shape, bool)
+            around[centre] = False
             free = np.flatnonzero(around)
             mask.reshape(-1)[rng.choice(free, min(more, free.size), replace=False)] = True
-        return kernel.astype(compat.numpy_dtype(dtype)), mask
+        return kernel, mask
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as a JSON-serializable dict."""
