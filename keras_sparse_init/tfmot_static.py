@@ -5,8 +5,9 @@ Importing tfmot takes seconds, and turns `tf.keras` into tf_keras for the proces
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,7 @@ class StaticPruneLowMagnitude(PruneLowMagnitude):
         # Plain attributes, set past Keras's tracking.
         object.__setattr__(self, "_given_masks", None if masks is None else [np.asarray(mask) for mask in masks])
         object.__setattr__(self, "_call_shapes", {})
+        object.__setattr__(self, "_is_masked", False)
 
     def build(self, input_shape: Any) -> None:
         """Builds the layer, then the mask of each of its kernels."""
@@ -136,7 +138,8 @@ class StaticPruneLowMagnitude(PruneLowMagnitude):
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None, **kwargs: Any) -> Any:
         """Masks the kernels and calls the layer with those of the arguments that it takes."""
-        self.pruning_obj.weight_mask_op()
+        if not self._is_masked:
+            self.pruning_obj.weight_mask_op()
         accepted = inspect.signature(self.layer.call).parameters
         kwargs.update({k: v for k, v in {"training": training, "mask": mask}.items() if k in accepted})
         outputs = self.layer(inputs, **kwargs)
@@ -145,6 +148,16 @@ class StaticPruneLowMagnitude(PruneLowMagnitude):
             rows = tf.gather(self.pruning_obj._pruning_vars[0][1], tf.cast(inputs, tf.int32))
             outputs *= tf.cast(rows, outputs.dtype)
         return outputs
+
+    @contextlib.contextmanager
+    def masked_once(self) -> Iterator[None]:
+        """Masks the kernels now, and not in the calls inside, between which an optimizer alone may change them."""
+        self.pruning_obj.weight_mask_op()
+        object.__setattr__(self, "_is_masked", True)
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "_is_masked", False)
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
         """The layer's own sequence mask, which tfmot drops."""

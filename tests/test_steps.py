@@ -3,12 +3,14 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 import tf_keras
 from small_jobs import small_network, small_settings
 
+from keras_sparse_init import SparseHeNormal, masked_kernels, sparsify
 from keras_sparse_init.training import Dense, Dynamic, Job, Prune, Scratch, make_data, train
 from keras_sparse_init.training.fit import Fit
-from keras_sparse_init.training.steps import suits_xla
+from keras_sparse_init.training.steps import as_dataset, suits_xla, train_in_blocks
 
 LIBRARIES = {"keras": keras, "tf_keras": tf_keras}
 BOTH = pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
@@ -109,3 +111,35 @@ def test_xla_is_for_dense_layers_of_keras_alone(library):
     assert not suits_xla(model(L.Dense(3), L.Dropout(0.5)))
     assert not suits_xla(model(Own(3)))
     assert not suits_xla(model(L.Dense(3), cls=OwnStep))
+
+
+def test_weights_that_were_put_off_the_mask_take_no_part_in_a_block():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 6)).astype("float32"), rng.integers(0, 3, 40)
+    order = rng.integers(0, 40, (10, 8))
+
+    def model_with_weights_off_its_masks():
+        L = tf_keras.layers
+        dense = tf_keras.Sequential([L.Input((6,)), L.Dense(9, "relu"), L.Dense(3)])
+        model = sparsify(dense, 0.5, seed=0, initializer=SparseHeNormal())
+        loss = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(tf_keras.optimizers.SGD(0.05, momentum=0.9), loss)
+        for kernel in masked_kernels(model):
+            kernel.kernel.assign_add(tf.ones_like(kernel.kernel))
+        return model
+
+    by_keras, in_blocks = model_with_weights_off_its_masks(), model_with_weights_off_its_masks()
+    assert suits_xla(in_blocks)
+    for rows in order:
+        by_keras.train_on_batch(x[rows], y[rows])
+    with train_in_blocks(in_blocks, x, y, order, longest=5):
+        in_blocks.fit(as_dataset([5, 10], 0), verbose=0)
+    for ours, other in zip(masked_kernels(in_blocks), masked_kernels(by_keras), strict=True):
+        assert not ours.kernel.numpy()[~ours.mask_value()].any()
+        # Sums in another order in float32.
+        np.testing.assert_allclose(ours.kernel, other.kernel, rtol=0, atol=1e-5)
+    # And outside of the blocks, kernels are masked at each call again.
+    kernel = masked_kernels(in_blocks)[0]
+    before = in_blocks(x).numpy()
+    kernel.kernel.assign_add(1.0 - kernel.mask)
+    np.testing.assert_array_equal(in_blocks(x), before)

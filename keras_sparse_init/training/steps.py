@@ -54,13 +54,14 @@ def train_in_blocks(model: Any, x: Any, y: Any, order: np.ndarray, longest: int)
             @tf.function(jit_compile=True)
             def compiled(batches: Any, targets: Any, start: Any, stop: Any) -> dict[str, Any]:
                 lost, number = tf.constant(-1), start
-                # XLA would compile anew for each length if it were in a shape or in a `tf.range`, and round a step
-                # that stands before the loop otherwise than those in it.
-                while number < stop:
-                    place = number - start
-                    logs = step((tf.gather(batches, place), tf.gather(targets, place)))
-                    lost = _first_lost(lost, number, logs)
-                    number += 1
+                with _masked_once(model):
+                    # XLA would compile anew for each length if it were in a shape or in a `tf.range`, and round a step
+                    # that stands before the loop otherwise than those in it.
+                    while number < stop:
+                        place = number - start
+                        logs = step((tf.gather(batches, place), tf.gather(targets, place)))
+                        lost = _first_lost(lost, number, logs)
+                        number += 1
                 return {**logs, LOST: lost}
 
             def picked(start: Any, stop: Any) -> dict[str, Any]:
@@ -81,6 +82,16 @@ def train_in_blocks(model: Any, x: Any, y: Any, order: np.ndarray, longest: int)
     finally:
         del model.make_train_function
         model.train_function = None
+
+
+@contextlib.contextmanager
+def _masked_once(model: Any) -> Iterator[None]:
+    """Static wrappers of tfmot mask their kernels now and not in each step: after each, their optimizer does."""
+    with contextlib.ExitStack() as stack:
+        for _, _, layer in traversal.walk(model):
+            if tfmot_wrapper.is_static(layer):
+                stack.enter_context(layer.masked_once())
+        yield
 
 
 # What models are made of that XLA makes faster on a CPU (benchmarks/train.py); convolutions become ten times as slow.
