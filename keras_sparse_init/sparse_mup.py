@@ -83,12 +83,13 @@ class SparseMuP:
     with m_out the number of units over that of the base, m_rho = 1 without a mask. The paper multiplies outputs by
     1 / m_d in the forward pass instead; that is the same as kernels smaller by that factor and rates to suit, and needs
     no change of the model. Under SGD, rates of input kernels and biases grow with the width, for gradients shrink with
-    it (Yang et al. 2022, table 3); the paper is about Adam. Embeddings have a fan-in of 1: nothing changes.
+    it (Yang et al. 2022, table 3); the paper is about Adam. Embeddings are input kernels, with a fan-in of 1.
 
-    It is for masks that are random and stay. It is known to fail where they do not: weights that survive pruning, SET
-    or RigL are no longer independent of their mask, their distribution is not that of the draw, and rates that suit a
-    static mask of that density do not suit them (section 6 of the paper). Nor does it follow a density that changes:
-    masks are read when `initialize` and `optimizer` are called.
+    It is derived for masks that are random and stay, and is known to fail where they do not: weights that survive
+    pruning, SET or RigL are no longer independent of their mask, their distribution is not that of the draw, and rates
+    that suit a static mask of that density do not suit them. Nor does it follow a density that changes: masks are read
+    when `initialize` and `optimizer` are called. It is a limit of wide layers, and no guide where units have a handful
+    of inputs: see `benchmarks/initializers.py`.
 
     Args:
         base: What widths are compared to. A built model with the same layers, narrower; or an int, the width of the
@@ -214,13 +215,13 @@ class SparseMuP:
     def optimizer(self, model: Any, optimizer: Any) -> Any:
         """An optimizer of the same kind and settings that scales the learning rate of each variable.
 
-        Changes of its learning rate, by schedules and callbacks, scale with it. Decoupled weight decay goes by the
-        learning rate itself. What epsilon Adam has should be far below the gradients, which shrink with the width.
+        Its learning rate is that of the base; what schedules and callbacks do to it scales too. Decoupled weight decay
+        goes by the learning rate itself. Adam's epsilon should be far below the gradients, which shrink with the width.
 
         Args:
             model: The built model that it is to train, with its masks and with those layers frozen that will be.
             optimizer: An optimizer of the model's Keras that has made no step: SGD; Adam, AdamW, Adamax, Nadam, RMSprop
-                or Lion. What it is made for, the model of the base, may be tuned with it as it is.
+                or Lion. It stays as it is.
 
         Returns:
             The optimizer, to compile the model with. It saves with the model, and loads where this package is imported.
