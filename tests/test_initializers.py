@@ -27,7 +27,9 @@ from keras_sparse_init.variance import weight_std
 
 LIBRARIES = {"keras": keras, "tf_keras": tf_keras}
 INITIALIZERS = {
-    name: getattr(keras_sparse_init, name) for name in keras_sparse_init.__all__ if name.startswith("Sparse")
+    name: getattr(keras_sparse_init, name)
+    for name in keras_sparse_init.__all__
+    if name.startswith("Sparse") and name != "SparseMuP"
 }
 KERAS_NAMES = {name: name.removeprefix("Sparse") for name in INITIALIZERS if name != "SparseScaledInit"}
 

@@ -98,18 +98,19 @@ def test_each_group_channel_and_gate_is_a_matrix_of_its_own():
     np.testing.assert_array_equal(matrices(heads, "abc,cde->abde"), [heads.reshape(6, 8).T])
 
 
-@pytest.mark.parametrize(
-    "layer, shape",
-    [
-        (keras.layers.Conv2D(8, 3, groups=2), (None, 6, 6, 4)),
-        (keras.layers.DepthwiseConv2D(5, depth_multiplier=2), (None, 6, 6, 4)),
-        (keras.layers.Conv2DTranspose(8, 3), (None, 6, 6, 4)),
-        (keras.layers.LSTM(9), (None, 3, 14)),
-        (keras.layers.EinsumDense("abc,cde->abde", (None, 4, 5)), (None, 3, 30)),
-    ],
-    ids=lambda value: getattr(value, "name", ""),
-)
-def test_every_layout_ends_below_the_masked_orthogonal(layer, shape):
+LAYERS = {
+    "groups": (lambda: keras.layers.Conv2D(8, 3, groups=2), (None, 6, 6, 4)),
+    "depthwise": (lambda: keras.layers.DepthwiseConv2D(5, depth_multiplier=2), (None, 6, 6, 4)),
+    "transposed": (lambda: keras.layers.Conv2DTranspose(8, 3), (None, 6, 6, 4)),
+    "lstm": (lambda: keras.layers.LSTM(9), (None, 3, 14)),
+    "einsum": (lambda: keras.layers.EinsumDense("abc,cde->abde", (None, 4, 5)), (None, 3, 30)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layout_ends_below_the_masked_orthogonal(name):
+    make, shape = LAYERS[name]
+    layer = make()
     layer.build(shape)
     kernel = (getattr(layer, "cell", layer)).kernel
     layout = kernel_layout(layer, kernel.shape)
