@@ -10,8 +10,9 @@ cosine; the accuracy after 112 steps (5 epochs) and at the end, with standard er
 masks and batches for all but the exact orthogonal kernels, which make their own masks (random ones only).
 
 Initializations: He's normal with the dense fan-in, per layer, per unit, over live inputs; Keras's own default (Glorot
-uniform, dense fans) and per unit; approximate isometries and exact orthogonal kernels (gain sqrt 2); per unit, then
-LSUV, MetaInit or biases by a quantile on 256 training images; sparse muP, its variances and its learning rates.
+uniform, dense fans) and per unit; LeCun's per unit; approximate isometries and exact orthogonal kernels (gain sqrt 2);
+per unit, then LSUV, MetaInit or biases by a quantile on 256 training images; sparse muP, its variances and its learning
+rates. Left out: the same rules with the other distribution, and `DeltaOrthogonalInit`, which takes no masks.
 
 Time: of initializing the network for masks that it has, as a ratio to drawing the kernels by Keras's HeNormal.
 """
@@ -40,6 +41,7 @@ from keras_sparse_init import (
     ExactOrthogonalInit,
     SparseGlorotUniform,
     SparseHeNormal,
+    SparseLecunNormal,
     SparseMuP,
     calibrate_init,
     compat,
@@ -69,14 +71,13 @@ def drawn(initializer: Any) -> Callable[..., None]:
     return lambda model, seed, x, y: reinitialize(model, initializer, seed=seed)
 
 
-def calibrated(**arguments: Any) -> Callable[..., None]:
+def calibrated(method: str) -> Callable[..., None]:
     """Draws them per unit, and calibrates the model on training images."""
 
     def initialize(model: Any, seed: int, x: Any, y: Any) -> None:
         reinitialize(model, SparseHeNormal(), seed=seed)
-        if arguments["method"] == "metainit":
-            arguments.update(y=y[:SAMPLES], loss=LOSS)
-        calibrate_init(model, x[:SAMPLES], n_samples=SAMPLES, seed=seed, **arguments)
+        more = {"y": y[:SAMPLES], "loss": LOSS} if method == "metainit" else {}
+        calibrate_init(model, x[:SAMPLES], method, n_samples=SAMPLES, seed=seed, **more)
 
     return initialize
 
@@ -104,11 +105,12 @@ INITIALIZATIONS: dict[str, tuple[str, Callable[..., None]]] = {
     "unit": ("He normal, per unit", drawn(SparseHeNormal())),
     "effective": ("He normal, live inputs", drawn(SparseHeNormal(granularity="effective"))),
     "glorot unit": ("Glorot uniform, per unit", drawn(SparseGlorotUniform())),
+    "lecun unit": ("LeCun normal, per unit", drawn(SparseLecunNormal())),
     "isometry": ("approximate isometry", drawn(ApproximateIsometryInit(gain=GAIN))),
     "orthogonal": ("exact orthogonal, own masks", orthogonal),
-    "lsuv": ("per unit, then LSUV", calibrated(method="lsuv")),
-    "metainit": ("per unit, then MetaInit", calibrated(method="metainit")),
-    "bias": ("per unit, then biases by a quantile", calibrated(method="bias")),
+    "lsuv": ("per unit, then LSUV", calibrated("lsuv")),
+    "metainit": ("per unit, then MetaInit", calibrated("metainit")),
+    "bias": ("per unit, then biases by a quantile", calibrated("bias")),
     "mup": ("sparse muP, rates too", lambda model, seed, x, y: SparseMuP().initialize(model, seed=seed)),
 }
 

@@ -7,9 +7,11 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from keras_sparse_init import compat, fans, traversal
 from keras_sparse_init.arguments import check_positive, check_seed, is_integer
-from keras_sparse_init.initializers import SparseHeNormal
+from keras_sparse_init.initializers import SparseScaledInit
 from keras_sparse_init.layers import WeightNorm
 from keras_sparse_init.masked_kernel import masked_kernels
 from keras_sparse_init.matching import mask_aware
@@ -27,8 +29,9 @@ class ParameterScale:
 
     Attributes:
         name: Its path in the model.
-        role: "input" (its fan-in does not grow with the width; depthwise kernels and embeddings too), "hidden",
-            "output" (its fan-in grows, its number of units does not), or "vector" (biases and the like).
+        role: "input" (its fan-in does not grow with the width; depthwise kernels and embeddings too), "output" (its
+            fan-in grows, its number of units does not), "hidden" (both grow; or neither, which makes no difference), or
+            "vector" (biases and the like).
         width: m_d, its fan-in over that of the base.
         density: m_rho, the density of its mask over the base density; 1 without a mask.
         variance: By what the variance of the base's initialization is multiplied; None of a vector.
@@ -181,14 +184,16 @@ class SparseMuP:
             model: A built model.
             initializer: What kernels of the base are drawn by; its mode must be "fan_in". None:
                 `SparseHeNormal(granularity="layer")`, whose variance is that of the paper with He's for the base.
-            seed: Non-negative int, from which, and the kernel's name, that of each kernel is derived. Drawn when None.
+            seed: Non-negative int, from which, and the kernel's name, that of each kernel is derived. When None, the
+                initializer's own takes its place, or a new one is drawn.
 
         Raises:
             ValueError: As `table` does, or when the initializer's variance does not follow the fan-in. No kernel has
                 been changed then.
         """
         if initializer is None:
-            initializer = SparseHeNormal(granularity="layer", seed=0)
+            # That of `SparseHeNormal`; none of its own seed is drawn.
+            initializer = SparseScaledInit.seeded_later(2.0, "fan_in", "truncated_normal", "layer")
         base_seed = compat.fresh_seed() if seed is None else check_seed(seed)
         rows = {id(v): row for v, row in zip(model.trainable_variables, self.table(model).rows, strict=True)}
         masks = {id(kernel.kernel): kernel.mask_value() for kernel in masked_kernels(model)}
@@ -203,12 +208,15 @@ class SparseMuP:
                     "`initializer` must scale by the fan-in, per unit or layer. "
                     f"Received: mode={drawer.mode!r}, granularity={drawer.granularity!r}"
                 )
-            row, dtype = rows[id(place.kernel)], compat.true_dtype(place.kernel)
-            seed = derive_seed(base_seed, place.name)
-            value = drawer.draw(place.shape, "float32", masks.get(id(place.kernel)), layout, seed)
+            own_seed = drawer.given_seed if seed is None else None
+            kernel_seed = derive_seed(base_seed if own_seed is None else own_seed, place.name)
+            # Of ones where there is none: an initializer may have one of its own.
+            mask = masks.get(id(place.kernel), np.ones(place.shape, bool))
+            value = drawer.draw(place.shape, compat.true_dtype(place.kernel), mask, layout, kernel_seed)
+            row = rows[id(place.kernel)]
             # The drawer knows of the fan-in and the density already, and not of what is an output.
             factor = 1.0 / math.sqrt(row.width) if row.role == "output" else 1.0
-            drawn.append((place.kernel, (factor * value).astype(compat.numpy_dtype(dtype))))
+            drawn.append((place.kernel, (factor * value).astype(value.dtype)))
         for kernel, value in drawn:
             compat.assign(kernel, value)
 
@@ -248,12 +256,24 @@ class SparseMuP:
         if is_integer(self.base):
             return _narrowed(shapes, [places.get(id(variable)) for variable in variables], int(self.base))
         base = [tuple(variable.shape) for variable in self.base.trainable_variables]
-        if [len(shape) for shape in base] != [len(shape) for shape in shapes]:
+        if list(map(len, base)) != list(map(len, shapes)) or not all(
+            _differ_in_units(shape, other, places.get(id(variable)))
+            for shape, other, variable in zip(shapes, base, variables, strict=True)
+        ):
             raise ValueError(
                 f"`base` must have the layers of the model, narrower. Received: trainable variables of shapes {base} "
                 f"for {shapes}"
             )
         return base
+
+
+def _differ_in_units(shape: tuple[int, ...], base: tuple[int, ...], place: Any) -> bool:
+    """Whether two shapes of a kernel have the same receptive field; of vectors it is always so."""
+    if place is None:
+        return True
+    layout = _layout(place)
+    units = layout.input_axes + layout.output_axes
+    return all(shape[axis] == base[axis] for axis in range(len(shape)) if axis not in units)
 
 
 def _narrowed(shapes: list[tuple[int, ...]], places: list[Any], width: int) -> list[tuple[int, ...]]:

@@ -130,11 +130,12 @@ def test_the_width_is_no_matter_of_the_receptive_field():
         assert [row.sgd_rate for row in rows] == [0.5, 0.5, 1, 0.5, 2, 1]
 
 
-@BOTH
-@pytest.mark.parametrize("wrapper", ["masked", "tfmot"])
+@pytest.mark.parametrize(
+    "library, wrapper",
+    [(keras, "masked"), (tf_keras, "masked"), (tf_keras, "tfmot")],
+    ids=["keras", "tf_keras", "tfmot"],
+)
 def test_kernels_have_the_variance_of_the_table(library, wrapper):
-    if wrapper == "tfmot" and library is keras:
-        pytest.skip("tfmot accepts only tf_keras")
     model = sparsify(mlp(library, 256, 2), 0.75, "uniform", wrapper=wrapper, skip=ENDS, seed=0)
     mup, base = SparseMuP(64), mlp(library, 64, 2)
     biases = values_of(v for v in model.trainable_variables if len(v.shape) == 1)
@@ -158,6 +159,21 @@ def test_kernels_have_the_variance_of_the_table(library, wrapper):
     assert all(map(np.array_equal, first, values_of(model.trainable_variables)))
     mup.initialize(model, seed=2)
     assert not np.array_equal(first[0], values_of(model.trainable_variables)[0])
+
+
+def test_the_seed_of_an_initializer_counts_where_none_is_given_and_its_mask_does_not():
+    model = sparse_mlp(keras, 16, 0.5)
+
+    def drawn(initializer, seed=None):
+        SparseMuP().initialize(model, initializer, seed=seed)
+        return values_of(model.trainable_variables)
+
+    first = drawn(SparseHeNormal(granularity="layer", seed=3))
+    assert all(map(np.array_equal, first, drawn(SparseHeNormal(granularity="layer", sparsity=0.9, seed=3))))
+    assert all(map(np.array_equal, first, drawn(None, seed=3)))
+    assert all(map(np.array_equal, first, drawn(SparseHeNormal(granularity="layer", seed=4), seed=3)))
+    assert not np.array_equal(first[0], drawn(SparseHeNormal(granularity="layer", seed=4))[0])
+    assert not np.array_equal(drawn(None)[0], drawn(None)[0])
 
 
 def test_embeddings_and_frozen_kernels_stay():
@@ -393,6 +409,12 @@ def test_models_that_cannot_be_scaled_are_refused():
     layers, model = keras.layers, sparse_mlp(keras, 16, 0.5)
     with pytest.raises(ValueError, match="`base` must have the layers of the model"):
         SparseMuP(mlp(keras, 8, 2)).table(model)
+    fields = [
+        keras.Sequential([layers.Input((8, 8, 2)), layers.Conv2D(4, n), layers.Flatten(), layers.Dense(3)])
+        for n in (3, 5)
+    ]
+    with pytest.raises(ValueError, match="`base` must have the layers of the model"):
+        SparseMuP(fields[0]).table(fields[1])
     two = keras.Sequential([layers.Input((48,)), layers.Dense(32), layers.Dense(16), layers.Dense(10)])
     with pytest.raises(ValueError, match=r"hidden widths \[16, 32\].*give the base as a model"):
         SparseMuP(8).table(two)
