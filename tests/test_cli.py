@@ -207,6 +207,7 @@ def test_report_of_a_trained_run_has_its_numbers(trained, capsys):
         (_bindings("trian.steps=3"), "No configurable matching 'trian'.*line 1"),
         (_bindings("train.stepz=3"), "'train' doesn't have a parameter named 'stepz'.*line 1"),
         (_bindings("SPARSTY=0.9"), "Unknown name 'SPARSTY'.*BATCH, DATA, INIT.*SPARSITY"),
+        (_bindings("train.steps=3", "STEPS=4"), "Unknown name 'STEPS': nothing in .* uses it"),
         (_bindings("SPARSITY=%NOTHING"), "No value is given for %NOTHING"),
         (_bindings("SPARSITY=0.9x"), "'SPARSITY=0.9x' has a value that cannot be read"),
         (_bindings("METHOD=uniform"), "'METHOD=uniform' has a value that cannot be read; text needs quotes"),
@@ -286,6 +287,13 @@ def test_a_users_config_may_include_a_packaged_one_and_bindings_come_last(tmp_pa
     assert (job.network, job.settings["steps"]) == ("mlp", 9)
     assert job.table().total.sparsity == pytest.approx(0.5, abs=0.01)
     assert job.model.count_params() > 0 and [row.shape for row in job.table().rows] == [(784, 12), (12, 10)]
+
+
+def test_a_setting_itself_may_be_overridden_in_place_of_the_name_it_has_in_the_config(tmp_path):
+    assert make_job(["mlp/scratch.gin"], ["train.steps=9"])[0].settings["steps"] == 9
+    mine = tmp_path / "mine.gin"
+    mine.write_text('include "mlp/scratch.gin"\ntrain.steps = 7\n')
+    assert make_job([mine])[0].settings["steps"] == 7
 
 
 def test_bindings_change_no_plain_call():

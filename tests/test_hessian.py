@@ -8,7 +8,7 @@ import tf_keras
 from small_jobs import rows_of, small_settings
 
 from keras_sparse_init import SparseGlorotNormal, cli
-from keras_sparse_init.training import Scratch, hessian, train
+from keras_sparse_init.training import Dense, Scratch, hessian, mlp, train
 from keras_sparse_init.training.hessian_spectrum import Spectrum, lanczos
 from keras_sparse_init.training.run_model import load_run
 
@@ -117,3 +117,13 @@ def test_bad_input_is_named(run, data):
     ):
         with pytest.raises(ValueError, match=message):
             hessian(run, data=data, **options)
+
+
+def test_of_a_weight_norm_run_the_end_is_to_be_had_and_the_start_says_why_not(data, tmp_path):
+    def network(input_shape, classes):
+        return mlp(input_shape, classes, hidden_sizes=(4,), weight_norm="reparam")
+
+    run = train(network, data, Dense(), output_dir=tmp_path / "run", **small_settings(steps=2)).directory
+    assert hessian(run, data=data, checkpoints=["end"], method="lanczos", iterations=3).spectra[0].size > 0
+    with pytest.raises(ValueError, match="norms and directions of `WeightNorm` layers.*only the end"):
+        hessian(run, data=data)

@@ -154,7 +154,8 @@ def weights(path: Path, model: Any) -> list[np.ndarray]:
         An array for each of `plain_variables(model)`: that of its name.
 
     Raises:
-        ValueError: When the checkpoint is damaged, or of another network.
+        ValueError: When the checkpoint is damaged, of another network, or of one with `WeightNorm` layers, which the
+            model has not.
     """
     arrays = _read(path)
     try:
@@ -165,6 +166,11 @@ def weights(path: Path, model: Any) -> list[np.ndarray]:
     names = _names(model, variables)
     expected = {name: tuple(variable.shape) for name, variable in zip(names, variables, strict=True)}
     shapes = {name: array.shape for name, array in found.items()}
+    if any(name.endswith("_g") for name in shapes.keys() - expected.keys()):
+        raise ValueError(
+            f"The checkpoint {str(path)!r} holds the norms and directions of `WeightNorm` layers, not their kernels, "
+            "which the model has: of such a run only the end is to be had"
+        )
     if shapes != expected:
         raise ValueError(
             f"The checkpoint {str(path)!r} is of another network: of {shapes}, where the model has {expected}"

@@ -23,7 +23,7 @@ from keras_sparse_init.comparison.compare import compare_initializers
 from keras_sparse_init.comparison.report import InitializerComparison
 from keras_sparse_init.initializers import SparseScaledInit
 from keras_sparse_init.orthogonal_initializers import ApproximateIsometryInit, ExactOrthogonalInit
-from keras_sparse_init.training.configs import config_root
+from keras_sparse_init.training.configs import config_root, find_config
 from keras_sparse_init.training.experiments import Dense, Lottery, Prune, Scratch
 from keras_sparse_init.training.job import Job
 from keras_sparse_init.training.networks import lenet5, mlp
@@ -93,8 +93,8 @@ def _make(
     try:
         for name in imports:
             _register_module(name)
-        _parse(files, bindings)
-        _check_macros(files)
+        used_by_files = _parse(files, bindings)
+        _check_macros(files, bindings, used_by_files)
         _check_command(configurable, files)
         return configurable(), gin.operative_config_str()
     except (ValueError, TypeError, OSError, ImportError, SyntaxError) as error:
@@ -121,13 +121,14 @@ def _register_module(name: str) -> None:
                 gin.external_configurable(value, name=public, module=name)
 
 
-def _parse(files: Sequence[str | Path], bindings: Sequence[str]) -> None:
+def _parse(files: Sequence[str | Path], bindings: Sequence[str]) -> set[str]:
+    """Parses them, and returns the macros that the files use, in what is overridden later too."""
     logging.disable(logging.ERROR)  # gin logs an error for each place where it looks for an included file in vain.
     try:
-        for file in files:
-            gin.parse_config_file(str(file))
+        used = {name for file in files for name in _macros_in(gin.parse_config_file(str(file)))}
         for binding in bindings:
             _parse_binding(binding)
+        return used
     finally:
         logging.disable(logging.NOTSET)
 
@@ -142,18 +143,26 @@ def _parse_binding(binding: str) -> None:
         raise ValueError(f"The gin binding {binding!r} has a value that cannot be read{hint}") from error
 
 
-def _check_macros(files: Sequence[str | Path]) -> None:
+def _check_macros(files: Sequence[str | Path], bindings: Sequence[str], used_by_files: set[str]) -> None:
     """Refuses macros that nothing uses (gin would silently ignore a misspelt one) and those that have no value."""
     text = gin.config_str()
     defined = set(re.findall(r"^(\w+) =", text, flags=re.MULTILINE))
     used = set(re.findall(r"%(\w+)", text))
-    if unused := sorted(defined - used):
+    given = {match[1] for binding in bindings if (match := re.match(r"\s*(\w+)\s*=", binding))}
+    # After `train.steps=4` nothing uses the files' STEPS: no fault, unless STEPS was given too.
+    if unused := sorted(defined - used - (used_by_files - given)):
         raise ValueError(
             f"Unknown name {', '.join(map(repr, unused))}: nothing in {', '.join(map(str, files))} uses it. "
             f"The names that it uses are {', '.join(sorted(used)) or 'none'}"
         )
     if missing := sorted(used - defined):
         raise ValueError(f"No value is given for {', '.join(f'%{name}' for name in missing)}")
+
+
+def _macros_in(parsed: Any) -> set[str]:
+    """The macros that a file that gin has parsed uses, itself or in what it includes."""
+    used = set(re.findall(r"%(\w+)", find_config(parsed.filename).read_text(encoding="utf-8")))
+    return used.union(*map(_macros_in, parsed.includes))
 
 
 def _one_line(error: Exception) -> str:
