@@ -37,7 +37,8 @@ def approximate_isometry(
     counts: the paper's is an orthogonal kernel, masked, as `ApproximateIsometryInit` draws it.
 
     Args:
-        kernel: Array of the kernel's shape, finite, not all 0 on the mask. It is left alone.
+        kernel: Array of the kernel's shape, finite. No unit (no input, with fewer inputs) may be 0 in all the places
+            that the mask leaves it. It is left alone.
         mask: Array of 0 and 1 of that shape; None: the places where the kernel is not 0.
         steps: Largest number of steps, at least 0.
         gain: Positive float, what every singular value is to be.
@@ -79,11 +80,15 @@ def approximate_isometry(
     gain = check_positive("gain", gain)
     start = np.where(active, values, 0).astype(np.float64) / gain
     check_all_finite("`kernel`", start)
-    if active.any() and not start.any():
-        raise ValueError("`kernel` must not be 0 everywhere on the mask: no direction leads away from there")
     places = matrices(np.arange(values.size).reshape(shape), kernel_layout)
+    starts, on = start.reshape(-1)[places], active.reshape(-1)[places]
+    if stuck := int((on.any(axis=1) & ~starts.any(axis=1)).sum()):
+        raise ValueError(
+            "`kernel` must not be 0 in all places that the mask leaves a unit (an input, with fewer inputs): no step "
+            f"leads away from there. Received: {stuck} such"
+        )
     found = np.empty(values.size)
-    found[places] = _descend(start.reshape(-1)[places], active.reshape(-1)[places], int(steps), bool(verbose)) * gain
+    found[places] = _descend(starts, on, int(steps), bool(verbose)) * gain
     dtype = np.float64 if values.dtype.kind in "biu" else values.dtype
     return found.reshape(shape).astype(dtype)
 

@@ -13,7 +13,7 @@ from keras_sparse_init.arguments import check_choice, check_positive, check_seed
 from keras_sparse_init.initializers import SparseScaledInit
 from keras_sparse_init.isometry import approximate_isometry, matrices
 from keras_sparse_init.orthogonal import CONSTRUCTIONS, Construction, sparse_orthogonal
-from keras_sparse_init.sampling import derive_seed
+from keras_sparse_init.sampling import derive_seed, smallest_normal
 
 
 class OrthogonalInit(compat.Initializer):
@@ -60,7 +60,9 @@ class ExactOrthogonalInit(OrthogonalInit):
     """Sparse kernels with W^T W = gain^2 I exactly (W W^T, for fewer inputs than units), zeros included.
 
     It makes its own mask: the nonzeros of the kernel. `Masked(Dense(...))` takes them for its mask, and
-    `sparsify(model, sparsity, initializer=ExactOrthogonalInit())` sets the masks of all wrappers to them.
+    `sparsify(model, sparsity, initializer=ExactOrthogonalInit())` sets the masks of all wrappers to them. It is for
+    dense layers and convolutions in one group: of the kernel of several groups, a depthwise one or one of several
+    gates it sees the shape alone, which does not tell, and the layer is no isometry.
 
     Random Givens rotations are composed until the density is reached, to within half of what one rotation adds. A
     column of m rows then has on average the support that `orthogonal.expected_density` gives. The kernel of a
@@ -161,7 +163,8 @@ class ExactOrthogonalInit(OrthogonalInit):
 class DeltaOrthogonalInit(OrthogonalInit):
     """Convolution kernels that are 0 but for their centre, a random orthogonal matrix times the gain.
 
-    With at least as many units as inputs and gain 1, a circular convolution with it keeps the norm of every input.
+    With at least as many units as inputs and gain 1, a circular convolution with it keeps the norm of every input. One
+    in several groups or a depthwise one does not, and the shape of its kernel does not tell.
 
     Args:
         gain: Positive float. None: max(sqrt(units / inputs), 1), with which the mean square over units stays where
@@ -210,7 +213,8 @@ class ApproximateIsometryInit(SparseScaledInit):
     Args:
         gain: Positive float, what every singular value is to be.
         steps: Largest number of steps of the optimizer, at least 0; 0 leaves the masked orthogonal kernel. 100 for a
-            kernel of 784x300 at 95% take about a second.
+            kernel of 784x300 at 95% take one to two seconds, many times that where other programs keep the processors
+            busy. The last bits depend on the processor and the threads of NumPy's linear algebra.
         mask: None, an array of 0 and 1, or a rule of `keras_sparse_init.masks`.
         sparsity: Float in [0, 1), short for `mask=masks.Random(sparsity)`.
         seed: Non-negative int, `keras.random.SeedGenerator` or None.
@@ -271,7 +275,10 @@ class ApproximateIsometryInit(SparseScaledInit):
         kernel = kernel.reshape(shape)
         if mask is not None and not mask.all():
             kernel = approximate_isometry(kernel, mask, self.steps, self.gain, kernel_layout=layout)
-        return kernel.astype(compat.numpy_dtype(dtype))
+        kernel = kernel.astype(compat.numpy_dtype(dtype))
+        # What rounds to 0 would be taken for masked.
+        kernel[(kernel == 0) if mask is None else (kernel == 0) & mask] = smallest_normal(kernel.dtype)
+        return kernel
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as a JSON-serializable dict."""

@@ -81,7 +81,7 @@ def sample(
     mask_rows = None if mask is None else mask.reshape(-1, width)
     blocks = row_blocks(out_rows.shape[0], width)
     same_rows = std_rows.shape[0] == 1
-    smallest = _smallest_normal(dtype)
+    smallest = smallest_normal(dtype)
 
     def fill(rows: slice, child: np.random.SeedSequence) -> None:
         rng = np.random.Generator(np.random.SFC64(child))
@@ -211,7 +211,8 @@ def _by_rows(std: np.ndarray, shape: tuple[int, ...], width: int) -> np.ndarray:
     return np.broadcast_to(std, (*shape[:-1], std.shape[-1])).reshape(-1, std.shape[-1])
 
 
-def _smallest_normal(dtype: np.dtype) -> np.ndarray:
+def smallest_normal(dtype: np.dtype) -> np.ndarray:
+    """The smallest positive number of a floating dtype that no processor takes for 0."""
     if dtype.kind == "f":
         return np.finfo(dtype).smallest_normal
     import ml_dtypes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ def kind_of(optimizer: Any) -> str | None:
     return name if name in ADAPTIVE + PROPORTIONAL and ".legacy" not in classes[0].__module__ else None
 
 
-def with_rates(optimizer: Any, multipliers: Sequence[float]) -> Any:
+def with_rates(optimizer: Any, multipliers: Sequence[float], shapes: Sequence[tuple[int, ...]]) -> Any:
     """A copy of an optimizer whose learning rate is multiplied by a number of its own for each variable.
 
     It is an optimizer of the same class and more, with the same settings: schedules, clipping, callbacks that change
@@ -30,21 +31,27 @@ def with_rates(optimizer: Any, multipliers: Sequence[float]) -> Any:
         optimizer: One whose kind is in `ADAPTIVE` or `PROPORTIONAL`, that has not made a step.
         multipliers: A positive float for each variable, in the order in which it is built with them: that of
             `model.trainable_variables`.
+        shapes: The variables' shapes, by which it is told that they are these.
 
     Returns:
         The optimizer, not built.
     """
-    config = optimizer.get_config()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # That a learning rate that is a lambda cannot be saved: it is not taken from here.
+        config = optimizer.get_config()
     schedule = optimizer._learning_rate
-    if hasattr(schedule, "get_config"):
-        config["learning_rate"] = (
-            schedule  # As it is: the config of a user's own class may name what Keras cannot find.
-        )
+    if hasattr(schedule, "get_config") or callable(schedule):
+        # As it is: the config of a user's own class may name what Keras cannot find, and that of a function too.
+        config["learning_rate"] = schedule
     base = type(optimizer)
     if base.__module__.startswith("keras.src."):
         # On torch a subclass of it, which makes the steps of all variables at one rate.
         base = getattr(compat.keras.optimizers, kind_of(optimizer))
-    scaled = _class_for(base).from_config({**config, "rate_multipliers": list(multipliers)})
+    scaled = _class_for(base).from_config(
+        {**config, "rate_multipliers": list(multipliers), "rate_shapes": list(map(list, shapes))}
+    )
     for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_names"):
         if hasattr(optimizer, name):
             setattr(scaled, name, getattr(optimizer, name))
@@ -54,23 +61,34 @@ def with_rates(optimizer: Any, multipliers: Sequence[float]) -> Any:
 class _WithRates:
     """What is added to an optimizer's class: the multipliers, and that they go with it when it is saved."""
 
-    def __init__(self, *args: Any, rate_multipliers: Sequence[float] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        rate_multipliers: Sequence[float] = (),
+        rate_shapes: Sequence[Sequence[int]] = (),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.rate_multipliers = tuple(float(number) for number in rate_multipliers)
+        self.rate_shapes = tuple(tuple(int(size) for size in shape) for shape in rate_shapes)
 
     def build(self, variables: Any) -> None:
         """Makes the slots of the variables, each of which must have a multiplier."""
+        variables = list(variables)
+        shapes = tuple(tuple(variable.shape) for variable in variables)
         # Keras 3 builds the optimizer of an .h5 file with no variables at all.
-        if len(variables) not in (0, len(self.rate_multipliers)):
+        if shapes and shapes != self.rate_shapes:
             raise ValueError(
-                f"This optimizer has learning rates for {len(self.rate_multipliers)} variables. Received: "
-                f"{len(variables)}. Make it anew (`SparseMuP.optimizer`) after layers were frozen or added"
+                f"This optimizer has learning rates for {len(self.rate_shapes)} variables of shapes "
+                f"{list(self.rate_shapes)}, in this order. Received: {len(shapes)} of shapes {list(shapes)}. Make it "
+                "anew (`SparseMuP.optimizer`) after layers were frozen or added"
             )
         super().build(variables)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as a JSON-serializable dict."""
-        return {**super().get_config(), "rate_multipliers": list(self.rate_multipliers)}
+        own = {"rate_multipliers": list(self.rate_multipliers), "rate_shapes": list(map(list, self.rate_shapes))}
+        return {**super().get_config(), **own}
 
 
 class _KerasRates(_WithRates):

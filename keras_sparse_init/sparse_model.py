@@ -196,6 +196,8 @@ def sparsify(
     check_choice("method", method, get_args(masks.SparsityMethod))
     if not isinstance(rule, type) and not hasattr(rule, "with_sparsity"):
         raise TypeError(f"`rule` must be a class of masks or a rule that has `with_sparsity`. Received: {rule!r}")
+    if isinstance(initializer, type) and issubclass(initializer, ExactOrthogonalInit):
+        initializer = initializer(seed=0)  # That of the model takes its place.
     if isinstance(initializer, ExactOrthogonalInit):
         if rule is not masks.Random:
             raise ValueError(

@@ -15,12 +15,14 @@ from keras_sparse_init.initializers import SparseScaledInit
 from keras_sparse_init.layers import WeightNorm
 from keras_sparse_init.masked_kernel import masked_kernels
 from keras_sparse_init.matching import mask_aware
+from keras_sparse_init.orthogonal_initializers import ApproximateIsometryInit
 from keras_sparse_init.sampling import derive_seed
 from keras_sparse_init.scaled_rates import ADAPTIVE, PROPORTIONAL, kind_of, with_rates
 from keras_sparse_init.table import laid_out
 
 # Trainable variables of these names have a number for each unit, whatever their rank: attention's biases are of rank 2.
 _VECTORS = ("bias", "gamma", "beta", "alpha", "scale")
+_NORM_CONSTRAINTS = ("UnitNorm", "MaxNorm", "MinMaxNorm", "WeightNormConstraint")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,8 @@ class SparseMuP:
     pruning, SET or RigL are no longer independent of their mask, their distribution is not that of the draw, and rates
     that suit a static mask of that density do not suit them. Nor does it follow a density that changes: masks are read
     when `initialize` and `optimizer` are called. It is a limit of wide layers, and no guide where units have a handful
-    of inputs: see `benchmarks/initializers.py`.
+    of inputs: see `benchmarks/initializers.py`. Attention: Keras divides scores by the square root of `key_dim`, where
+    the theory of width divides by it; make such models wider by more heads, at one `key_dim`.
 
     Args:
         base: What widths are compared to. A built model with the same layers, narrower; or an int, the width of the
@@ -144,8 +147,11 @@ class SparseMuP:
 
         Raises:
             ValueError: When the model has not the layers of the base, several widths although the base is an int,
-                layers with `WeightNorm`, whose norm is no matter of the kernel, or variables of unknown kind.
+                layers whose norm is no matter of the kernel (`WeightNorm`, `SpectralNormalization`, constraints of the
+                norm), or variables of unknown kind.
+            TypeError: When `model` is no Keras model.
         """
+        compat.library_of(model)
         variables = model.trainable_variables
         if not variables:
             raise ValueError(
@@ -182,8 +188,9 @@ class SparseMuP:
 
         Args:
             model: A built model.
-            initializer: What kernels of the base are drawn by; its mode must be "fan_in". None:
-                `SparseHeNormal(granularity="layer")`, whose variance is that of the paper with He's for the base.
+            initializer: What kernels of the base are drawn by: with mode "fan_in", per unit or layer, or with a fixed
+                variance (`RandomNormal`, say), which is that of the base. None: `SparseHeNormal(granularity="layer")`,
+                whose variance is that of the paper with He's for the base.
             seed: Non-negative int, from which, and the kernel's name, that of each kernel is derived. When None, the
                 initializer's own takes its place, or a new one is drawn.
 
@@ -195,15 +202,21 @@ class SparseMuP:
             # That of `SparseHeNormal`; none of its own seed is drawn.
             initializer = SparseScaledInit.seeded_later(2.0, "fan_in", "truncated_normal", "layer")
         base_seed = compat.fresh_seed() if seed is None else check_seed(seed)
-        rows = {id(v): row for v, row in zip(model.trainable_variables, self.table(model).rows, strict=True)}
+        variables = model.trainable_variables
+        rows = {id(v): row for v, row in zip(variables, self.table(model).rows, strict=True)}
+        places = {id(place.kernel): place for place in traversal.kernels_of(model)}
+        base_shapes = dict(zip(map(id, variables), self._base_shapes(model, variables, places), strict=True))
         masks = {id(kernel.kernel): kernel.mask_value() for kernel in masked_kernels(model)}
         drawn = []
         for place in traversal.kernels_of(model):
             layout = _layout(place)
             if id(place.kernel) not in rows or layout.one_hot:
                 continue
-            drawer = mask_aware(initializer, place.path, place.shape, layout)
-            if drawer.mode != "fan_in" or drawer.granularity == "effective":
+            # Of an initializer with a fixed variance, that is the variance of the base.
+            drawer = mask_aware(initializer, place.path, base_shapes[id(place.kernel)], layout)
+            if isinstance(drawer, ApproximateIsometryInit):
+                raise ValueError(f"`initializer` must scale by the fan-in alone. Received: {drawer!r}")
+            if drawer.mode != "fan_in" or drawer.granularity not in ("unit", "layer"):
                 raise ValueError(
                     "`initializer` must scale by the fan-in, per unit or layer. "
                     f"Received: mode={drawer.mode!r}, granularity={drawer.granularity!r}"
@@ -233,6 +246,7 @@ class SparseMuP:
 
         Returns:
             The optimizer, to compile the model with. It saves with the model, and loads where this package is imported.
+            One of a class of your own that extends Keras's loads where an optimizer has been made of one before.
 
         Raises:
             ValueError: When the optimizer is of another kind, or built, or as `table` does.
@@ -247,14 +261,15 @@ class SparseMuP:
         if getattr(optimizer, "built", getattr(optimizer, "_built", False)):
             raise ValueError(f"`optimizer` must not be built: what it remembers would be lost. Received: {optimizer!r}")
         rows = self.table(model).rows
-        return with_rates(optimizer, [row.sgd_rate if kind in PROPORTIONAL else row.adam_rate for row in rows])
+        rates = [row.sgd_rate if kind in PROPORTIONAL else row.adam_rate for row in rows]
+        return with_rates(optimizer, rates, [tuple(variable.shape) for variable in model.trainable_variables])
 
     def _base_shapes(self, model: Any, variables: list[Any], places: dict[int, Any]) -> list[tuple[int, ...]]:
         shapes = [tuple(variable.shape) for variable in variables]
         if self.base is None:
             return shapes
         if is_integer(self.base):
-            return _narrowed(shapes, [places.get(id(variable)) for variable in variables], int(self.base))
+            return _narrowed(model, variables, places, int(self.base))
         base = [tuple(variable.shape) for variable in self.base.trainable_variables]
         if list(map(len, base)) != list(map(len, shapes)) or not all(
             _differ_in_units(shape, other, places.get(id(variable)))
@@ -276,9 +291,10 @@ def _differ_in_units(shape: tuple[int, ...], base: tuple[int, ...], place: Any) 
     return all(shape[axis] == base[axis] for axis in range(len(shape)) if axis not in units)
 
 
-def _narrowed(shapes: list[tuple[int, ...]], places: list[Any], width: int) -> list[tuple[int, ...]]:
+def _narrowed(model: Any, variables: list[Any], places: dict[int, Any], width: int) -> list[tuple[int, ...]]:
     """The shapes with the width of all hidden units replaced."""
-    layouts = [None if place is None else _layout(place) for place in places]
+    shapes = [tuple(variable.shape) for variable in variables]
+    layouts = [_layout(places[id(variable)]) if id(variable) in places else None for variable in variables]
     kernels = [(shape, layout) for shape, layout in zip(shapes, layouts, strict=True) if layout is not None]
     if len(kernels) < 2:
         raise ValueError("`base` as an int is for models of at least two kernels, inputs and outputs. Give a model")
@@ -292,13 +308,24 @@ def _narrowed(shapes: list[tuple[int, ...]], places: list[Any], width: int) -> l
             f"Received: hidden widths {sorted(inner)}, inputs and outputs {sorted(outer)}; give the base as a model"
         )
     (own,) = inner
-    blocks = {layout.blocks for _, layout in kernels}
+    gates = {
+        id(places[id(v)].owner): layout.blocks
+        for v, layout in zip(variables, layouts, strict=True)
+        if layout is not None
+    }
     narrowed = []
-    for shape, layout in zip(shapes, layouts, strict=True):
-        # A bias has as many numbers as its kernel has units, those of all gates.
-        replaced = {g * own: g * width for g in (blocks if layout is None else {1, layout.blocks})}
-        axes = range(len(shape)) if layout is None else layout.input_axes + layout.output_axes
-        narrowed.append(tuple(replaced.get(n, n) if axis in axes else n for axis, n in enumerate(shape)))
+    for variable, shape, layout in zip(variables, shapes, layouts, strict=True):
+        if layout is None:
+            # A vector has as many numbers as its layer has units, those of all gates; a PReLU's has places before them.
+            inputs, outputs = (), (len(shape) - 1,)
+            blocks = gates.get(id(traversal.owner_of(model, variable)[2]), 1)
+        else:
+            inputs, outputs, blocks = layout.input_axes, layout.output_axes, layout.blocks
+        new = list(shape)
+        for axes, count in ((inputs, 1), (outputs, blocks)):
+            for axis in axes:
+                new[axis] = count * width if shape[axis] == count * own else shape[axis]
+        narrowed.append(tuple(new))
     return narrowed
 
 
@@ -322,8 +349,19 @@ def _path(model: Any, variable: Any, places: dict[int, Any]) -> str:
 
 
 def _check_kinds(model: Any, variables: Iterable[Any], places: dict[int, Any]) -> None:
-    if any(isinstance(layer, WeightNorm) for _, _, layer in traversal.walk(model)):
-        raise ValueError("`model` must have no WeightNorm layers: the norm of their kernels is a weight by itself")
+    for _, _, layer in traversal.walk(model):
+        if isinstance(layer, WeightNorm) or type(layer).__name__ == "SpectralNormalization":
+            raise ValueError(
+                f"`model` must have no layers that set the norm of a kernel themselves. Received: {layer.name!r}, a "
+                f"{'WeightNorm' if isinstance(layer, WeightNorm) else 'SpectralNormalization'} layer"
+            )
+    for place in places.values():
+        constraint = getattr(place.kernel, "constraint", None)
+        if type(constraint).__name__ in _NORM_CONSTRAINTS:
+            raise ValueError(
+                f"`model` must have no constraints of a kernel's norm. Received: {type(constraint).__name__} of "
+                f"{place.path!r}"
+            )
     for variable in variables:
         name = _path(model, variable, places)
         if id(variable) not in places and len(variable.shape) > 1 and name.split("/")[-1] not in _VECTORS:

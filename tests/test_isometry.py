@@ -150,6 +150,25 @@ def test_kernels_of_any_size_end_alike(scale):
     np.testing.assert_allclose(approximate_isometry(scale * start, mask), expected, rtol=0, atol=1e-2)
 
 
+def test_each_matrix_is_scaled_by_itself():
+    layout = kernel_layout("conv", (3, 3, 4, 12), groups=2)
+    mask = masks.random_mask((3, 3, 4, 12), 0.7, seed=1)
+    start = np.random.default_rng(0).normal(size=mask.shape) * mask
+    uneven = start * np.repeat([1e-3, 1e3], 6)
+    # No step: that of the scaling alone is seen after a single one.
+    found, expected = (approximate_isometry(k, mask, 1, kernel_layout=layout) for k in (uneven, start))
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_unit_that_is_0_on_its_mask_is_refused():
+    mask = masks.random_mask((40, 20), 0.8, seed=1)
+    start = masked_orthogonal((40, 20), mask)
+    start[:, 3] = 0
+    with pytest.raises(ValueError, match="`kernel` must not be 0 in all places that the mask leaves a unit.*1 such"):
+        approximate_isometry(start, mask)
+    assert not approximate_isometry(start, mask * (start != 0))[:, 3].any()
+
+
 @pytest.mark.parametrize("shape", [(30, 60), (60, 30)])
 def test_their_scale_is_known_to_the_diagnosis(shape):
     layers = keras.layers
@@ -185,7 +204,7 @@ def test_long_runs_tell_how_far_they_are(capsys, monkeypatch):
         ({"kernel": np.ones((3, 2)), "mask": np.ones((2, 3))}, r"\(3, 2\)"),
         ({"kernel": np.full((3, 2), np.nan)}, "`kernel`.*finite"),
         ({"kernel": np.ones((3, 2)) * 1j}, "`kernel`.*complex"),
-        ({"kernel": np.zeros((3, 2)), "mask": np.ones((3, 2))}, "`kernel`.*0 everywhere"),
+        ({"kernel": np.zeros((3, 2)), "mask": np.ones((3, 2))}, "`kernel` must not be 0 in all.*Received: 2"),
         ({"kernel": np.ones((3, 2)), "kernel_layout": "embedding"}, "`kernel`.*embedding"),
     ],
 )
@@ -200,11 +219,21 @@ def test_the_initializer_names_bad_arguments():
             ApproximateIsometryInit(**arguments)
 
 
+def test_half_precision_loses_no_weight_to_rounding():
+    mask = masks.random_mask((30, 20), 0.8, seed=0)
+    for seed in range(100):  # 12,000 weights; unmended, about one in 3,400 is below what float16 can hold.
+        drawn = ApproximateIsometryInit().draw((30, 20), "float16", mask, None, seed)
+        np.testing.assert_array_equal(drawn != 0, mask != 0)
+
+
 def test_a_seed_is_a_kernel_and_without_a_mask_it_is_orthogonal():
     init = ApproximateIsometryInit(1.5, sparsity=0.8, seed=4)
     first, again = (np.array(init((50, 30))) for _ in range(2))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, np.array(ApproximateIsometryInit(1.5, sparsity=0.8, seed=5)((50, 30))))
+    mask = masks.random_mask((50, 30), 0.8, seed=0)
+    drawn = [ApproximateIsometryInit(mask=mask, seed=seed)((50, 30)) for seed in (4, 5)]
+    assert not np.array_equal(*map(np.array, drawn))
     copy = ApproximateIsometryInit.from_config(init.get_config())
     np.testing.assert_array_equal(first, np.array(copy((50, 30))))
     assert residual(np.array(ApproximateIsometryInit(1.5, seed=0)((30, 50))), 1.5) < 1e-5
@@ -263,3 +292,17 @@ def test_layers_with_it_are_saved_cloned_grown_and_stripped(library, tmp_path, m
     updater.update(model, step=100, gradients={"d/kernel": gradient})
     grown = kernel.mask_value() & ~before
     assert grown.sum() > 0 and np.all(compat.to_numpy("k", kernel.kernel)[grown] != 0)
+
+
+def test_grown_weights_have_the_variance_of_an_isometry(monkeypatch):
+    layers = keras.layers
+    dense = layers.Dense(200, kernel_initializer=ApproximateIsometryInit(3.0, 0, seed=3), name="d")
+    model = keras.Sequential([layers.Input((300,)), Masked(dense, sparsity=0.8, seed=0)])
+    kernel, before = masked_kernels(model)[0], masked_kernels(model)[0].mask_value()
+    gradient = np.random.default_rng(0).normal(size=(300, 200)).astype("float32")
+    RigL(end_step=1000, drop_fraction=0.5, grow_init="scaled").update(model, step=100, gradients={"d/kernel": gradient})
+    now = kernel.mask_value()
+    grown = now & ~before
+    # Of variance gain^2 / fan-in; squares of normal values have a variance of twice that squared: five standard errors.
+    scaled = (compat.to_numpy("k", kernel.kernel) ** 2 * now.sum(axis=0) / 9)[grown]
+    assert abs(scaled.mean() - 1) < 5 * np.sqrt(2 / grown.sum())

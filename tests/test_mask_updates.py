@@ -529,6 +529,11 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
     masked_kernels(model)[1].layer.kernel_initializer = keras.initializers.Zeros()
     with pytest.raises(ValueError, match="has no variance that could be scaled"):
         RigL(end_step=100, grow_init="scaled").update(model, 1, good)
+    # Told before the training begins, not at the first update.
+    callback = MaskUpdate(SET(end_step=100, grow_init="scaled", frequency=50))
+    callback.set_model(model)
+    with pytest.raises(ValueError, match="has no variance that could be scaled"):
+        callback.on_train_begin()
     assert_same(mask_values(model), masks)
     rigl.update(model, 1, dict(zip(names, good, strict=True)))
     plain = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(2)])

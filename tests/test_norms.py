@@ -37,7 +37,7 @@ def arrays(model):
 
 
 @BOTH
-@pytest.mark.parametrize("factor", [0.1, 10.0])
+@pytest.mark.parametrize("factor", [0.1, 0.7, 10.0])
 def test_lsuv_brings_the_std_of_every_layer_to_one_under_its_mask(library, factor):
     model = scaled(sparsify(convolutional(library), 0.6, wrapper="masked", seed=0), factor)
     before = arrays(model)
@@ -54,17 +54,40 @@ def test_lsuv_brings_the_std_of_every_layer_to_one_under_its_mask(library, facto
     assert "pre std before" in str(report) and report.to_dict()["method"] == "lsuv"
 
 
-def test_lsuv_says_what_it_leaves():
-    L = keras.layers
-    frozen = L.Dense(4, trainable=False, name="frozen")
+@BOTH
+def test_lsuv_says_what_it_leaves(library):
+    L = library.layers
+    frozen = L.Dense(4, name="frozen")
+    nested = library.Sequential([L.Input((4,)), L.Dense(4, name="inside")])
     dead = Masked(L.Dense(4, name="dead"), mask=np.zeros((4, 4)))
-    model = keras.Sequential([L.Input((6,)), frozen, WeightNorm(L.Dense(4, name="normed")), dead, L.Dense(2)])
+    model = library.Sequential([L.Input((6,)), frozen, nested, WeightNorm(L.Dense(4, name="normed")), dead, L.Dense(2)])
+    frozen.trainable = nested.trainable = False
     before = model.get_weights()
     report = calibrate_init(model, _X, "lsuv")
     reasons = {name.split("/")[-2]: why for name, why in report.skipped.items()}
-    assert reasons["frozen"] == "frozen" and "WeightNorm" in reasons["normed"] and "constant" in reasons["dead"]
-    for weight, old in zip(model.get_weights()[:-2], before[:-2], strict=True):
+    assert reasons["frozen"] == reasons["inside"] == "frozen"
+    assert "WeightNorm" in reasons["normed"] and "constant" in reasons["dead"]
+    for weight, old in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(weight, old)
+
+
+@BOTH
+@pytest.mark.parametrize("spread, scaled", [(0.8, True), (1.5, False)])
+def test_lsuv_leaves_a_kernel_whose_biases_alone_spread_too_much(library, spread, scaled):
+    L = library.layers
+    model = library.Sequential([L.Input((6,)), L.Dense(40, name="d")])
+    random = np.random.default_rng(0)
+    kernel, bias = random.normal(size=(6, 40)).astype("float32"), random.normal(size=40)
+    bias = (spread * (bias - bias.mean()) / bias.std()).astype("float32")
+    model.layers[-1].set_weights([kernel, bias])
+    report = calibrate_init(model, _X, "lsuv")
+    after, same_bias = model.layers[-1].get_weights()
+    np.testing.assert_array_equal(same_bias, bias)
+    if scaled:
+        assert abs(np.std(_X @ after + bias) - 1) <= 0.1 and report.kernels[0].scale < 1
+    else:
+        np.testing.assert_array_equal(after, kernel)
+        assert "biases spread too much" in report.skipped["d/kernel"] and not report.kernels
 
 
 def perceptron(library, first=1.0):
@@ -116,6 +139,20 @@ def test_metainit_lowers_the_gradient_quotient_by_norms_alone(library, first):
     for variable, old in zip(model.trainable_variables[1::2], biases, strict=True):
         np.testing.assert_array_equal(compat.to_numpy("b", variable), old)
     assert "gradient quotient" in str(report)
+
+
+@BOTH
+def test_metainit_leaves_what_is_frozen_and_takes_the_name_of_a_loss(library):
+    L = library.layers
+    model = library.Sequential([L.Input((6,)), L.Dense(5, "tanh", name="a"), L.Dense(1, name="b")])
+    model.layers[0].trainable = False
+    kernel, targets = model.layers[0].get_weights()[0], _X[:, :1]
+    report = calibrate_init(model, _X, "metainit", y=targets, loss="mse")
+    np.testing.assert_array_equal(model.layers[0].get_weights()[0], kernel)
+    assert report.skipped == {"a/kernel": "frozen"} and [row.name for row in report.kernels] == ["b/kernel"]
+    model.trainable = False
+    with pytest.raises(ValueError, match="`model` must have kernels that are trained"):
+        calibrate_init(model, _X, "metainit", y=targets, loss="mse")
 
 
 def test_metainit_is_the_same_in_both_kerases_and_each_time():

@@ -58,6 +58,31 @@ def test_a_seed_is_a_matrix_and_supports_are_anywhere(construction):
     assert abs(np.mean(values > 0) - 0.5) < 5 * 0.5 / np.sqrt(values.size / 10)
 
 
+@pytest.mark.parametrize("cls", [ExactOrthogonalInit, DeltaOrthogonalInit])
+def test_without_a_seed_each_is_another_and_so_is_its_copy(cls):
+    one, other = cls(), cls()
+    copy = cls.from_config(one.get_config())
+    draws = [np.array(init((6, 6))) for init in (one, one, other, copy)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert not np.array_equal(draws[0], draws[2]) and not np.array_equal(draws[0], draws[3])
+
+
+def test_rotations_turn_by_any_angle_in_both_directions():
+    """A matching of a matrix of two: [[c, s], [-s, c]] with c and s of any sign, |c| anywhere in (0, 1)."""
+    for construction in CONSTRUCTIONS:
+        draws = [ExactOrthogonalInit(0.0, 1.0, construction, seed=s).draw((2, 2), "float64", s) for s in range(400)]
+        corners = np.array([draw[0] for draw in draws])
+        for sign in (1, -1):
+            # Each of four quadrants has a quarter: five standard deviations of a binomial count.
+            for other in (1, -1):
+                count = np.sum((np.sign(corners[:, 0]) == sign) & (np.sign(corners[:, 1]) == other))
+                assert abs(count - 100) < 5 * np.sqrt(400 * 0.25 * 0.75), construction
+        # |angle| within a quadrant is uniform: its mean is pi / 4, with standard deviation pi / (2 sqrt 12).
+        angles = np.arctan2(np.abs(corners[:, 1]), np.abs(corners[:, 0]))
+        assert abs(angles.mean() - np.pi / 4) < 5 * np.pi / (2 * np.sqrt(12 * 400)), construction
+        assert angles.std() > 0.8 * np.pi / (2 * np.sqrt(12)), construction
+
+
 def test_supports_are_uneven_by_rotations_and_even_by_matchings():
     spread = {
         c: (matrix_of(ExactOrthogonalInit(0.95, 1.0, c, seed=1), (256, 256)) != 0).sum(axis=1).std()
@@ -138,6 +163,28 @@ def test_sparsify_sets_the_masks_of_wrappers_to_the_nonzeros(library, constructi
         np.testing.assert_allclose(product, 1.44 * np.eye(len(product)), atol=2e-6)
     with pytest.raises(ValueError, match="ExactOrthogonalInit of 'conv2d.*' makes its own zeros, and takes no mask"):
         reinitialize(model, init)
+
+
+@BOTH
+@pytest.mark.parametrize("options", [{"sparsity": 0.8}, {"mask": np.eye(8)}])
+def test_another_mask_is_refused(library, options):
+    for cls, named in ((ExactOrthogonalInit, "ExactOrthogonalInit"), (DeltaOrthogonalInit, "DeltaOrthogonalInit")):
+        layer = Masked(library.layers.Dense(8, kernel_initializer=cls(seed=0), name="d"), **options)
+        with pytest.raises(ValueError, match=f"`mask` and `sparsity` must be left out for 'kernel'.*'d'.*{named}"):
+            layer.build((None, 8))
+    # Of a layer that has been trained the weights off the mask go, as ever.
+    dense = library.layers.Dense(8, kernel_initializer=ExactOrthogonalInit(seed=0))
+    dense.build((None, 8))
+    Masked(dense, **options).build((None, 8))
+
+
+def test_sparsify_takes_the_class_too():
+    dense = keras.Sequential([keras.layers.Input((8,)), keras.layers.Dense(8)])
+    one, other = (
+        sparsify(dense, 0.5, initializer=init, seed=1) for init in (ExactOrthogonalInit, ExactOrthogonalInit())
+    )
+    for first, second in zip(one.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(first, second)
 
 
 @BOTH

@@ -9,6 +9,7 @@ import tensorflow as tf
 import tf_keras
 
 from keras_sparse_init import (
+    ApproximateIsometryInit,
     Masked,
     SparseGlorotNormal,
     SparseHeNormal,
@@ -18,6 +19,7 @@ from keras_sparse_init import (
     compat,
     fans,
     masked_kernels,
+    reinitialize,
     sparsify,
 )
 from keras_sparse_init.scaled_rates import with_rates
@@ -79,6 +81,38 @@ def test_without_a_base_only_the_density_counts_and_masks_at_the_ends_count_too(
         assert row.variance == (4 if kernel else None)
 
 
+def test_a_masked_output_layer_is_scaled_by_width_and_density():
+    model = sparsify(mlp(keras, 64), 0.75, "uniform", wrapper="masked", seed=0)
+    row = SparseMuP(16).table(model).rows[-2]
+    # m_d = 4, m_rho = 1/4: 1 / (m_d^2 m_rho), and 1 / (m_d m_rho) for both rates.
+    assert (row.role, row.variance, row.adam_rate, row.sgd_rate) == ("output", 1 / 4, 1, 1)
+
+
+@pytest.mark.parametrize("layer, gates", [("LSTM", 4), ("GRU", 3)])
+def test_a_base_of_one_width_is_no_matter_of_inputs_and_outputs_of_several_times_it(layer, gates):
+    layers = keras.layers
+
+    def network(width):
+        recurrent = getattr(layers, layer)(width)
+        return keras.Sequential([layers.Input((5, gates * 32)), recurrent, layers.Dense(gates * 32)])
+
+    model = network(32)
+    assert SparseMuP(8).table(model) == SparseMuP(network(8)).table(model)
+    assert [row.role for row in SparseMuP(8).table(model).rows if row.variance] == ["input", "hidden", "output"]
+
+
+def test_the_slopes_of_an_image_are_as_many_times_more_as_its_channels():
+    layers = keras.layers
+
+    def network(width):
+        stack = [layers.Conv2D(width, 3, padding="same"), layers.PReLU(), layers.Flatten(), layers.Dense(3)]
+        return keras.Sequential([layers.Input((16, 16, 2)), *stack])
+
+    # 16 channels of 16x16 places; the last kernel is of 4096 inputs, which are no hidden width: the base is a model.
+    rows = SparseMuP(network(4)).table(network(16)).rows
+    assert [row.sgd_rate for row in rows if row.role == "vector"] == [4, 4, 1]
+
+
 def test_convolutions_and_recurrent_layers_are_compared_by_their_fans():
     layers = keras.layers
 
@@ -135,11 +169,15 @@ def test_the_width_is_no_matter_of_the_receptive_field():
     [(keras, "masked"), (tf_keras, "masked"), (tf_keras, "tfmot")],
     ids=["keras", "tf_keras", "tfmot"],
 )
-def test_kernels_have_the_variance_of_the_table(library, wrapper):
-    model = sparsify(mlp(library, 256, 2), 0.75, "uniform", wrapper=wrapper, skip=ENDS, seed=0)
+@pytest.mark.parametrize("fixed", [False, True])
+def test_kernels_have_the_variance_of_the_table(library, wrapper, fixed):
+    model = sparsify(mlp(library, 256, 2), 0.75, "uniform", wrapper=wrapper, skip=["first"], seed=0)
     mup, base = SparseMuP(64), mlp(library, 64, 2)
     biases = values_of(v for v in model.trainable_variables if len(v.shape) == 1)
-    mup.initialize(model, SparseScaledInit(3.0, granularity="layer"), seed=1)
+    initializer = (
+        library.initializers.RandomNormal(stddev=0.02) if fixed else SparseScaledInit(3.0, granularity="layer")
+    )
+    mup.initialize(model, initializer, seed=1)
     masks = {id(kernel.kernel): kernel.mask_value() for kernel in masked_kernels(model)}
     for variable, of_base, row in zip(
         model.trainable_variables, base.trainable_variables, mup.table(model).rows, strict=True
@@ -149,13 +187,16 @@ def test_kernels_have_the_variance_of_the_table(library, wrapper):
         value, mask = compat.to_numpy("k", variable), masks.get(id(variable), True)
         assert not value[~np.broadcast_to(mask, value.shape)].any()
         active = value[np.broadcast_to(mask, value.shape)].astype(np.float64)
-        expected = row.variance * 3.0 / fans.dense_fans(tuple(of_base.shape))[0]
-        # The squares of truncated normal values of variance v have a variance below 2 v^2; five standard errors.
+        expected = row.variance * (0.02**2 if fixed else 3.0 / fans.dense_fans(tuple(of_base.shape))[0])
+        # Under a mask a fixed variance grows per unit: 1 / (fan-in) is on average above that of the mean fan-in, by
+        # its squared spread, (1 - density) / (fan-in) = 1.2% of 64.
+        expected *= 1.012 if fixed and mask is not True else 1.0
+        # The squares of (truncated) normal values of variance v have a variance of at most 2 v^2; five standard errors.
         assert abs(np.mean(active**2) / expected - 1) < 5 * np.sqrt(2 / active.size), row.name
     after = values_of(v for v in model.trainable_variables if len(v.shape) == 1)
     assert all(map(np.array_equal, biases, after))
     first = values_of(model.trainable_variables)
-    mup.initialize(model, SparseScaledInit(3.0, granularity="layer"), seed=1)
+    mup.initialize(model, initializer, seed=1)
     assert all(map(np.array_equal, first, values_of(model.trainable_variables)))
     mup.initialize(model, seed=2)
     assert not np.array_equal(first[0], values_of(model.trainable_variables)[0])
@@ -174,6 +215,17 @@ def test_the_seed_of_an_initializer_counts_where_none_is_given_and_its_mask_does
     assert all(map(np.array_equal, first, drawn(SparseHeNormal(granularity="layer", seed=4), seed=3)))
     assert not np.array_equal(first[0], drawn(SparseHeNormal(granularity="layer", seed=4))[0])
     assert not np.array_equal(drawn(None)[0], drawn(None)[0])
+
+
+def test_kernels_do_not_depend_on_the_numbers_that_keras_gives_to_layers():
+    def drawn():
+        layers = keras.layers
+        model = keras.Sequential([layers.Input((9,)), layers.Dense(8), layers.Dense(8), layers.Dense(3)])
+        SparseMuP().initialize(model, seed=0)
+        return values_of(model.trainable_variables)
+
+    one, other = drawn(), drawn()
+    assert all(map(np.array_equal, one, other)) and not np.array_equal(one[2][:8], one[0][:8])
 
 
 def test_embeddings_and_frozen_kernels_stay():
@@ -255,7 +307,7 @@ def test_schedules_clipping_and_what_does_not_decay_are_kept(library):
 @BOTH
 def test_outside_of_a_step_the_learning_rate_is_that_of_the_optimizer(library):
     variables = [(keras.Variable if library is keras else tf.Variable)(np.ones(2, np.float32)) for _ in range(2)]
-    optimizer = with_rates(library.optimizers.SGD(0.1, weight_decay=0.5), (1.0, 3.0))
+    optimizer = with_rates(library.optimizers.SGD(0.1, weight_decay=0.5), (1.0, 3.0), [(2,)] * 2)
     for _ in range(2):
         steps_of(library, optimizer, [[np.ones(2, np.float32)] * 2], variables)
         assert float(optimizer.learning_rate) == pytest.approx(0.1)
@@ -344,7 +396,9 @@ def activations(density, initialized, rates):
     """Mean |activation| of hidden layers after ten steps; initialized or trained as a dense model where not asked."""
     model = sparse_mlp(keras, 1024, density, depth=4)
     mup, optimizer = SparseMuP(), keras.optimizers.Adam(5e-4)
-    mup.initialize(model, SparseHeNormal(granularity="layer" if initialized else "dense"), seed=0)
+    mup.initialize(model, seed=0)
+    if not initialized:
+        reinitialize(model, SparseHeNormal(granularity="dense"), seed=0)
     fitted(keras, model, mup.optimizer(model, optimizer) if rates else optimizer)
     return np.array([np.abs(values).mean() for values in signals(model)[:-1]])
 
@@ -387,8 +441,28 @@ def test_frozen_layers_after_that_are_an_error():
     model = sparse_mlp(keras, 16, 0.5)
     optimizer = SparseMuP().optimizer(model, keras.optimizers.SGD())
     model.layers[0].trainable = False
-    with pytest.raises(ValueError, match="6 variables. Received: 4"):
+    with pytest.raises(ValueError, match="6 variables of shapes .* Received: 4 of shapes"):
         fitted(keras, model, optimizer, 1)
+
+
+@BOTH
+def test_variables_in_another_order_are_an_error(library):
+    model = sparse_mlp(library, 16, 0.5)
+    optimizer = SparseMuP(8).optimizer(model, library.optimizers.SGD())
+    variables = model.trainable_variables[::-1]
+    with pytest.raises(ValueError, match="in this order. Received: 6 of shapes"):
+        steps_of(library, optimizer, [[np.ones(v.shape, np.float32) for v in variables]], variables)
+
+
+@BOTH
+def test_the_learning_rate_may_be_a_function(library):
+    model = sparse_mlp(library, 16, 0.5)
+    optimizer = SparseMuP().optimizer(model, library.optimizers.SGD(lambda: 0.25))
+    before = values_of(model.trainable_variables)
+    steps_of(library, optimizer, [[np.ones_like(value) for value in before]], model.trainable_variables)
+    rates = [row.sgd_rate for row in SparseMuP().table(model).rows]
+    for variable, value, rate in zip(model.trainable_variables, before, rates, strict=True):
+        np.testing.assert_allclose(compat.to_numpy("v", variable), value - 0.25 * rate, rtol=0, atol=1e-6)
 
 
 def test_bad_arguments_are_named():
@@ -423,8 +497,18 @@ def test_models_that_cannot_be_scaled_are_refused():
     with pytest.raises(ValueError, match="at least two kernels"):
         SparseMuP(8).table(keras.Sequential([layers.Input((48,)), layers.Dense(16)]))
     normed = keras.Sequential([layers.Input((48,)), WeightNorm(layers.Dense(16)), layers.Dense(10)])
-    with pytest.raises(ValueError, match="WeightNorm"):
-        SparseMuP().table(normed)
+    spectral = keras.Sequential([layers.Input((48,)), layers.SpectralNormalization(layers.Dense(16)), layers.Dense(10)])
+    unit = layers.Dense(16, kernel_constraint=keras.constraints.UnitNorm(), name="unit")
+    constrained = keras.Sequential([layers.Input((48,)), unit, layers.Dense(10)])
+    for model, named in (
+        (normed, "a WeightNorm layer"),
+        (spectral, "a SpectralNormalization layer"),
+        (constrained, "UnitNorm of 'unit/kernel'"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            SparseMuP().table(model)
+    with pytest.raises(TypeError, match="layer or model"):
+        SparseMuP().table(5)
     group = keras.Sequential([layers.Input((48,)), layers.LayerNormalization(axis=1), layers.Dense(3)])
     assert [row.role for row in SparseMuP().table(group).rows] == ["vector", "vector", "hidden", "vector"]
 
@@ -451,7 +535,8 @@ def test_optimizers_and_initializers_that_do_not_fit_are_refused(library):
     with pytest.raises(ValueError, match="must not be built"):
         SparseMuP().optimizer(model, built)
     before = values_of(model.variables)
-    for initializer in (SparseGlorotNormal(), SparseHeNormal(granularity="effective")):
+    dense, effective = (SparseHeNormal(granularity=name) for name in ("dense", "effective"))
+    for initializer in (SparseGlorotNormal(), dense, effective, ApproximateIsometryInit()):
         with pytest.raises(ValueError, match="`initializer` must scale by the fan-in"):
             SparseMuP().initialize(model, initializer)
     assert all(map(np.array_equal, before, values_of(model.variables)))

@@ -17,7 +17,7 @@ from keras_sparse_init.table import laid_out
 from keras_sparse_init.watching import left_as_it_is, watch
 
 # LSUV: how near 1 a standard deviation is to be, and how often a layer is measured for that.
-_TOLERANCE, _TRIALS = 0.1, 10
+_TOLERANCE, _TRIALS = 0.1, 50
 # MetaInit: a step changes each norm by this part of its first value, with momentum; eps of the quotient.
 _STEPS, _RATE, _MOMENTUM, _EPS = 100, 0.01, 0.9, 1e-5
 
@@ -90,14 +90,15 @@ def lsuv(model: Any, x: Any) -> NormReport:
     skipped = {
         place.path: "its layer is not seen to be called, or is an embedding" for place in traversal.kernels_of(model)
     }
+    trained = _trained(model)
     rows = []
     for owner in _in_order_of_calls(model, x, places):
         place = places[id(owner)]
-        if id(owner) in normalized or not place.kernel.trainable:
+        if id(owner) in normalized or id(place.kernel) not in trained:
             skipped[place.path] = "its norm does not count: WeightNorm" if id(owner) in normalized else "frozen"
             continue
         before = std = _std(model, x, owner)
-        scale = 1.0
+        scale, first = 1.0, compat.to_numpy("kernel", place.kernel).copy()
         for _ in range(_TRIALS):
             if not (math.isfinite(std) and std > 0) or abs(std - 1) <= _TOLERANCE:
                 break
@@ -107,10 +108,21 @@ def lsuv(model: Any, x: Any) -> NormReport:
             std = _std(model, x, owner)
         if not (math.isfinite(std) and std > 0):
             skipped[place.path] = "its pre-activations are constant"
+        elif abs(std - 1) > _TOLERANCE:
+            skipped[place.path] = (
+                f"no scale of it gives the standard deviation 1: biases spread too much, from {before:.4g}"
+            )
+        if not abs(std - 1) <= _TOLERANCE:
+            compat.assign(place.kernel, first)
             continue
         del skipped[place.path]
         rows.append(KernelNorm(place.path, scale, before, std))
     return NormReport("lsuv", rows, None, None, skipped)
+
+
+def _trained(model: Any) -> set[int]:
+    """Which variables are trained: a kernel of tf_keras does not know that its layer is frozen."""
+    return {id(variable) for variable in model.trainable_variables}
 
 
 def _in_order_of_calls(model: Any, x: Any, owners: dict[int, Any]) -> list[Any]:
@@ -142,9 +154,14 @@ def metainit(model: Any, x: Any, y: Any, loss: Callable[..., Any] | None) -> Nor
             "`method='metainit'` needs derivatives of derivatives on TensorFlow. "
             f"Received: a model on {compat.backend_of(model)}"
         )
+    if isinstance(loss, str):
+        loss = compat.library_of(model).losses.get(loss)
     x, y = compat.tensors_for(model, x), compat.tensors_for(model, y)
-    places = [place for place in traversal.kernels_of(model) if place.kernel.trainable]
-    skipped = {place.path: "frozen" for place in traversal.kernels_of(model) if not place.kernel.trainable}
+    trained = _trained(model)
+    places = [place for place in traversal.kernels_of(model) if id(place.kernel) in trained]
+    skipped = {place.path: "frozen" for place in traversal.kernels_of(model) if id(place.kernel) not in trained}
+    if not places:
+        raise ValueError(f"`model` must have kernels that are trained. Received: {model.name!r} without any")
     variables = [_variable(v) for v in model.trainable_variables]
     masks = {id(_variable(kernel.kernel)): kernel.mask_value() for kernel in masked_kernels(model)}
     ones = [tf.constant(masks.get(id(v), np.ones(v.shape)), tf.float32) for v in variables]

@@ -12,6 +12,7 @@ from keras_sparse_init.arguments import check_seed
 from keras_sparse_init.initializers import deserialize_rule, serialize_rule
 from keras_sparse_init.layers.wrapper import KernelWrapper, Slot, classes_for_both, layout_of
 from keras_sparse_init.matching import mask_aware
+from keras_sparse_init.orthogonal_initializers import OrthogonalInit
 from keras_sparse_init.packing import pack, unpack
 from keras_sparse_init.sampling import derive_seed
 from keras_sparse_init.traversal import KernelPlace, MaskWrapper, initializer_of, kernels_were_drawn
@@ -49,7 +50,8 @@ class Masked(KernelWrapper, MaskWrapper):
     Raises:
         TypeError: When `layer` is no Keras layer.
         ValueError: When both `mask` and `sparsity` are given; at build, when the layer has no kernel, a name is
-            unknown, a mask does not fit, or LoRA is enabled on the layer (its kernel is not the one it uses).
+            unknown, a mask does not fit or is given to a layer whose initializer makes its own (`ExactOrthogonalInit`),
+            or LoRA is enabled on the layer (its kernel is not the one it uses).
 
     Example:
         >>> import keras, numpy as np
@@ -87,6 +89,8 @@ class Masked(KernelWrapper, MaskWrapper):
         self.seed = None if seed is None else check_seed(seed)
         # A plain attribute, set past Keras's tracking, which would change the containers in it.
         object.__setattr__(self, "_given_mask", masks.Random(sparsity) if sparsity is not None else mask)
+        # Not that of another layer, whose weights go with it.
+        self._fresh_mask = True
 
     def kernels_and_masks(self) -> list[tuple[Any, Any]]:
         """The masked kernels' variables, each with its mask's variable, in the order of the layer's kernels.
@@ -158,8 +162,13 @@ class Masked(KernelWrapper, MaskWrapper):
 
     def _draw(self, place: KernelPlace, mask: np.ndarray, base: int, fresh: bool) -> None:
         """Draws a kernel for its mask; a trained one only loses the weights off the mask."""
+        initializer = initializer_of(place.owner, place.attribute)
+        if fresh and self._fresh_mask and isinstance(initializer, OrthogonalInit):
+            raise ValueError(
+                f"`mask` and `sparsity` must be left out for {place.name!r} of the layer {self.layer.name!r}, whose "
+                f"{type(initializer).__name__} makes its own zeros: under another mask it is no longer orthogonal"
+            )
         try:
-            initializer = initializer_of(place.owner, place.attribute)
             initializer = mask_aware(initializer, place.name, mask.shape, layout_of(place))
         except ValueError:
             # No variance to scale: zeros, a constant, a function of the user's.
@@ -199,7 +208,9 @@ class Masked(KernelWrapper, MaskWrapper):
             mask = {name: _mask_from_config(value) for name, value in mask["masks"].items()}
         elif mask is not None:
             mask = _mask_from_config(mask)
-        return cls(layer, mask=mask, **config)
+        made = cls(layer, mask=mask, **config)
+        made._fresh_mask = False
+        return made
 
 
 def _mask_to_config(mask: Any) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class MaskUpdate(MaskCallback):
 
     def check(self) -> None:
         """Checks that there are masks to change, and that samples and targets fit."""
-        trainable_kernels(self.model, require_masked(self.model))
+        self.updater.check(trainable_kernels(self.model, require_masked(self.model)))
         if self.updater.needs_gradients and self._gradients is None:
             self._gradients = DenseGradients(self.model)
             if isinstance(self._x, tf.data.Dataset):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -146,6 +146,15 @@ class MaskUpdater:
         """The updater of a dict that `get_config` returned."""
         return cls(**config)
 
+    def check(self, kernels: Iterable[MaskedKernel]) -> None:
+        """Checks before the training that new connections of these kernels can be drawn.
+
+        Raises:
+            ValueError: When they are to be "scaled" and the initializer of a layer has no variance.
+        """
+        for kernel in kernels if self.grow_init == "scaled" else ():
+            mask_aware(kernel.initializer, kernel.name, kernel.shape, kernel.layout)
+
     def _seed(self, kernel: MaskedKernel, step: int, use: str) -> int:
         return derive_seed(self.seed, f"{kernel.seed_name}/{step}/{use}")
 
@@ -231,11 +240,11 @@ class RigL(MaskUpdater):
         initial_learning_rate: For that: the rate to compare with. None: the one at step 0 of the optimizer's
             `LearningRateSchedule`; it must be given where the optimizer has none.
         grow_init: What new connections start as. "zeros"; "scaled": drawn by the layer's own initializer, for the fan
-            of their units in the new mask, as `reinitialize` draws; or a function of (kernel, mask, grown, seed) that
-            returns an array of the kernel's shape, of which the entries at `grown` are taken. `kernel` is a
-            `MaskedKernel`, `mask` the new mask, `grown` the new connections (boolean arrays of that shape), `seed` an
-            int. On the embedded digits, 99% sparse and more, "scaled" did
-            worse than "zeros" (`benchmarks/sparse_training.py`).
+            of their units in the new mask, as `reinitialize` draws ("effective" counts all inputs here); or a function
+            of (kernel, mask, grown, seed) that returns an array of the kernel's shape, of which the entries at `grown`
+            are taken. `kernel` is a `MaskedKernel`, `mask` the new mask, `grown` the new connections (boolean arrays of
+            that shape), `seed` an int. On the embedded digits, 99% sparse and more, "scaled" did worse than "zeros"
+            (`benchmarks/sparse_training.py`).
         seed: Non-negative int.
 
     Raises:
