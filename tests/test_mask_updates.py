@@ -350,7 +350,8 @@ def test_gradients_of_a_nested_model_leave_its_state_alone(library):
     assert_same(model.get_weights(), state)
     assert_same([to_numpy("metric", variable) for variable in metric_variables(model)], metrics)
     replaced = RigL(end_step=100).update(model, 1, found)
-    assert [name.split("/")[-2] for name in replaced] == ["a", "b"] and all(replaced.values())
+    # The few that the last kernel drops may all be grown again.
+    assert [name.split("/")[-2] for name in replaced] == ["a", "b"] and sum(replaced.values()) > 0
 
 
 def test_the_gradient_of_an_embedding_in_tfmots_wrapper_is_dense():
