@@ -37,9 +37,8 @@ def with_rates(optimizer: Any, multipliers: Sequence[float], shapes: Sequence[tu
         The optimizer, not built.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # That a learning rate that is a lambda cannot be saved: it is not taken from here.
+        # Keras warns of a learning rate that is a lambda, which is not taken from here.
+        warnings.simplefilter("ignore")
         config = optimizer.get_config()
     schedule = optimizer._learning_rate
     if hasattr(schedule, "get_config") or callable(schedule):

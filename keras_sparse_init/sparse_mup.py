@@ -11,8 +11,10 @@ import numpy as np
 
 from keras_sparse_init import compat, fans, traversal
 from keras_sparse_init.arguments import check_positive, check_seed, is_integer
+from keras_sparse_init.base_shapes import base_shapes
 from keras_sparse_init.initializers import SparseScaledInit
 from keras_sparse_init.layers import WeightNorm
+from keras_sparse_init.layers.wrapper import layout_of
 from keras_sparse_init.masked_kernel import masked_kernels
 from keras_sparse_init.matching import mask_aware
 from keras_sparse_init.orthogonal_initializers import ApproximateIsometryInit
@@ -22,6 +24,7 @@ from keras_sparse_init.table import laid_out
 
 # Trainable variables of these names have a number for each unit, whatever their rank: attention's biases are of rank 2.
 _VECTORS = ("bias", "gamma", "beta", "alpha", "scale")
+# By name: of either Keras, and our own.
 _NORM_CONSTRAINTS = ("UnitNorm", "MaxNorm", "MinMaxNorm", "WeightNormConstraint")
 
 
@@ -161,13 +164,13 @@ class SparseMuP:
         masks = {id(kernel.kernel): kernel.mask_value() for kernel in masked_kernels(model)}
         _check_kinds(model, variables, places)
         rows = []
-        for variable, base_shape in zip(variables, self._base_shapes(model, variables, places), strict=True):
+        for variable, base_shape in zip(variables, base_shapes(model, variables, places, self.base), strict=True):
             name, shape = _path(model, variable, places), tuple(variable.shape)
             if id(variable) not in places:
                 wider = math.prod(shape) / math.prod(base_shape)
                 rows.append(ParameterScale(name, "vector", 1.0, 1.0, None, 1.0, wider))
                 continue
-            layout = _layout(places[id(variable)])
+            layout = layout_of(places[id(variable)])
             mask = masks.get(id(variable))
             if mask is not None and not mask.any():
                 raise ValueError(f"`model` must have no empty masks. Received: {name!r} without any weights")
@@ -205,15 +208,15 @@ class SparseMuP:
         variables = model.trainable_variables
         rows = {id(v): row for v, row in zip(variables, self.table(model).rows, strict=True)}
         places = {id(place.kernel): place for place in traversal.kernels_of(model)}
-        base_shapes = dict(zip(map(id, variables), self._base_shapes(model, variables, places), strict=True))
+        in_base = dict(zip(map(id, variables), base_shapes(model, variables, places, self.base), strict=True))
         masks = {id(kernel.kernel): kernel.mask_value() for kernel in masked_kernels(model)}
         drawn = []
-        for place in traversal.kernels_of(model):
-            layout = _layout(place)
+        for place in places.values():
+            layout = layout_of(place)
             if id(place.kernel) not in rows or layout.one_hot:
                 continue
             # Of an initializer with a fixed variance, that is the variance of the base.
-            drawer = mask_aware(initializer, place.path, base_shapes[id(place.kernel)], layout)
+            drawer = mask_aware(initializer, place.path, in_base[id(place.kernel)], layout)
             if isinstance(drawer, ApproximateIsometryInit):
                 raise ValueError(f"`initializer` must scale by the fan-in alone. Received: {drawer!r}")
             if drawer.mode != "fan_in" or drawer.granularity not in ("unit", "layer"):
@@ -264,81 +267,9 @@ class SparseMuP:
         rates = [row.sgd_rate if kind in PROPORTIONAL else row.adam_rate for row in rows]
         return with_rates(optimizer, rates, [tuple(variable.shape) for variable in model.trainable_variables])
 
-    def _base_shapes(self, model: Any, variables: list[Any], places: dict[int, Any]) -> list[tuple[int, ...]]:
-        shapes = [tuple(variable.shape) for variable in variables]
-        if self.base is None:
-            return shapes
-        if is_integer(self.base):
-            return _narrowed(model, variables, places, int(self.base))
-        base = [tuple(variable.shape) for variable in self.base.trainable_variables]
-        if list(map(len, base)) != list(map(len, shapes)) or not all(
-            _differ_in_units(shape, other, places.get(id(variable)))
-            for shape, other, variable in zip(shapes, base, variables, strict=True)
-        ):
-            raise ValueError(
-                f"`base` must have the layers of the model, narrower. Received: trainable variables of shapes {base} "
-                f"for {shapes}"
-            )
-        return base
-
-
-def _differ_in_units(shape: tuple[int, ...], base: tuple[int, ...], place: Any) -> bool:
-    """Whether two shapes of a kernel have the same receptive field; of vectors it is always so."""
-    if place is None:
-        return True
-    layout = _layout(place)
-    units = layout.input_axes + layout.output_axes
-    return all(shape[axis] == base[axis] for axis in range(len(shape)) if axis not in units)
-
-
-def _narrowed(model: Any, variables: list[Any], places: dict[int, Any], width: int) -> list[tuple[int, ...]]:
-    """The shapes with the width of all hidden units replaced."""
-    shapes = [tuple(variable.shape) for variable in variables]
-    layouts = [_layout(places[id(variable)]) if id(variable) in places else None for variable in variables]
-    kernels = [(shape, layout) for shape, layout in zip(shapes, layouts, strict=True) if layout is not None]
-    if len(kernels) < 2:
-        raise ValueError("`base` as an int is for models of at least two kernels, inputs and outputs. Give a model")
-    inner = {shape[axis] for shape, layout in kernels[1:] for axis in layout.input_axes}
-    inner |= {_width_out(shape, layout) for shape, layout in kernels[:-1]}
-    (first, layout), (last, last_layout) = kernels[0], kernels[-1]
-    outer = {_width_out(last, last_layout)} | {first[axis] for axis in layout.input_axes}
-    if len(inner) != 1 or outer & inner:
-        raise ValueError(
-            f"`base` as an int is for models whose hidden units are all of one width, other than inputs and outputs. "
-            f"Received: hidden widths {sorted(inner)}, inputs and outputs {sorted(outer)}; give the base as a model"
-        )
-    (own,) = inner
-    gates = {
-        id(places[id(v)].owner): layout.blocks
-        for v, layout in zip(variables, layouts, strict=True)
-        if layout is not None
-    }
-    narrowed = []
-    for variable, shape, layout in zip(variables, shapes, layouts, strict=True):
-        if layout is None:
-            # A vector has as many numbers as its layer has units, those of all gates; a PReLU's has places before them.
-            inputs, outputs = (), (len(shape) - 1,)
-            blocks = gates.get(id(traversal.owner_of(model, variable)[2]), 1)
-        else:
-            inputs, outputs, blocks = layout.input_axes, layout.output_axes, layout.blocks
-        new = list(shape)
-        for axes, count in ((inputs, 1), (outputs, blocks)):
-            for axis in axes:
-                new[axis] = count * width if shape[axis] == count * own else shape[axis]
-        narrowed.append(tuple(new))
-    return narrowed
-
-
-def _width_out(shape: tuple[int, ...], layout: fans.KernelLayout) -> int:
-    return math.prod(shape[axis] for axis in layout.output_axes) // layout.blocks
-
 
 def _units(shape: tuple[int, ...], layout: fans.KernelLayout) -> int:
     return math.prod(shape[axis] for axis in layout.output_axes)
-
-
-def _layout(place: Any) -> fans.KernelLayout:
-    return fans.kernel_layout(place.owner, place.shape, weight_name=place.attribute)
 
 
 def _path(model: Any, variable: Any, places: dict[int, Any]) -> str:

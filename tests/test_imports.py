@@ -41,6 +41,7 @@ ORDER = (
     "constraints",
     "slots",
     "scaled_rates",
+    "base_shapes",
     "sparse_mup",
     "folding",
     "watching",

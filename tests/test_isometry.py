@@ -155,7 +155,7 @@ def test_each_matrix_is_scaled_by_itself():
     mask = masks.random_mask((3, 3, 4, 12), 0.7, seed=1)
     start = np.random.default_rng(0).normal(size=mask.shape) * mask
     uneven = start * np.repeat([1e-3, 1e3], 6)
-    # No step: that of the scaling alone is seen after a single one.
+    # After one step, before the descent has made up for a start of the wrong size.
     found, expected = (approximate_isometry(k, mask, 1, kernel_layout=layout) for k in (uneven, start))
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
 
@@ -294,7 +294,7 @@ def test_layers_with_it_are_saved_cloned_grown_and_stripped(library, tmp_path, m
     assert grown.sum() > 0 and np.all(compat.to_numpy("k", kernel.kernel)[grown] != 0)
 
 
-def test_grown_weights_have_the_variance_of_an_isometry(monkeypatch):
+def test_grown_weights_have_the_variance_of_an_isometry():
     layers = keras.layers
     dense = layers.Dense(200, kernel_initializer=ApproximateIsometryInit(3.0, 0, seed=3), name="d")
     model = keras.Sequential([layers.Input((300,)), Masked(dense, sparsity=0.8, seed=0)])

@@ -72,7 +72,7 @@ def test_lsuv_says_what_it_leaves(library):
 
 
 @BOTH
-@pytest.mark.parametrize("spread, scaled", [(0.8, True), (1.5, False)])
+@pytest.mark.parametrize("spread, scaled", [(0.98, True), (1.5, False)])
 def test_lsuv_leaves_a_kernel_whose_biases_alone_spread_too_much(library, spread, scaled):
     L = library.layers
     model = library.Sequential([L.Input((6,)), L.Dense(40, name="d")])
@@ -87,7 +87,7 @@ def test_lsuv_leaves_a_kernel_whose_biases_alone_spread_too_much(library, spread
         assert abs(np.std(_X @ after + bias) - 1) <= 0.1 and report.kernels[0].scale < 1
     else:
         np.testing.assert_array_equal(after, kernel)
-        assert "biases spread too much" in report.skipped["d/kernel"] and not report.kernels
+        assert "do biases spread more?" in report.skipped["d/kernel"] and not report.kernels
 
 
 def perceptron(library, first=1.0):

@@ -107,8 +107,7 @@ def calibrate_init(
         solver: "pdhg", all units of a layer at once to a proven gap of 0.001 m; "highs", exact, one by one, by SciPy.
         seed: Non-negative int, for what is drawn from samples and positions.
         y: Of "metainit", the targets, an array.
-        loss: Of "metainit", a function of (y, outputs), a Keras loss or its name; None is that of
-            `compile`.
+        loss: Of "metainit", a function of (y, outputs), a Keras loss or its name; None is that of `compile`.
 
     Returns:
         A `CalibrationReport`, of "lsuv" and "metainit" a `NormReport`; `str()` of it is a table to read.

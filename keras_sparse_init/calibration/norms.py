@@ -76,7 +76,8 @@ def lsuv(model: Any, x: Any) -> NormReport:
     """Scales each kernel so that the pre-activations of its layer have the standard deviation 1 +- 0.1 on samples.
 
     Layer after layer in the order of calls, as in Mishkin and Matas 2015, arXiv:1511.06422, algorithm 1, of which the
-    orthonormal draw before is left to the user.
+    orthonormal draw before is left to the user. A kernel that no scale brings there, as its biases alone spread more,
+    keeps its values and is named with what was not scaled.
     """
     x = compat.tensors_for(model, x)
     normalized = {
@@ -110,7 +111,7 @@ def lsuv(model: Any, x: Any) -> NormReport:
             skipped[place.path] = "its pre-activations are constant"
         elif abs(std - 1) > _TOLERANCE:
             skipped[place.path] = (
-                f"no scale of it gives the standard deviation 1: biases spread too much, from {before:.4g}"
+                f"no scale brings its standard deviation from {before:.4g} to 1; do biases spread more?"
             )
         if not abs(std - 1) <= _TOLERANCE:
             compat.assign(place.kernel, first)

@@ -89,7 +89,7 @@ class Masked(KernelWrapper, MaskWrapper):
         self.seed = None if seed is None else check_seed(seed)
         # A plain attribute, set past Keras's tracking, which would change the containers in it.
         object.__setattr__(self, "_given_mask", masks.Random(sparsity) if sparsity is not None else mask)
-        # Not that of another layer, whose weights go with it.
+        # Of a copy (`from_config`) the mask is that of the original, whose weights it usually gets.
         self._fresh_mask = True
 
     def kernels_and_masks(self) -> list[tuple[Any, Any]]:

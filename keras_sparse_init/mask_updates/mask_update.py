@@ -75,7 +75,7 @@ class MaskUpdate(MaskCallback):
         self._x, self._y, self._batch_size = x, y, int(batch_size)
 
     def check(self) -> None:
-        """Checks that there are masks to change, and that samples and targets fit."""
+        """Checks that there are masks to change, that new connections can be drawn, that samples and targets fit."""
         self.updater.check(trainable_kernels(self.model, require_masked(self.model)))
         if self.updater.needs_gradients and self._gradients is None:
             self._gradients = DenseGradients(self.model)
